@@ -1,0 +1,27 @@
+"""Reads any trainer's run directory, gives weights and effective deltas by name and step, writes checkpoints."""
+
+from rankleap.checkpoints.adapter import AdapterCheckpoint
+from rankleap.checkpoints.base import bundled_bases, resolve_base
+from rankleap.checkpoints.delta import Delta, LowRank, combine, dense, inner, is_zero
+from rankleap.checkpoints.full import FullCheckpoint, require_same_shapes
+from rankleap.checkpoints.run import Checkpoint, Run, base_of, effective_weights, open_checkpoint, open_run
+
+__all__ = [
+    "AdapterCheckpoint",
+    "Checkpoint",
+    "Delta",
+    "FullCheckpoint",
+    "LowRank",
+    "Run",
+    "base_of",
+    "bundled_bases",
+    "combine",
+    "dense",
+    "effective_weights",
+    "inner",
+    "is_zero",
+    "open_checkpoint",
+    "open_run",
+    "require_same_shapes",
+    "resolve_base",
+]

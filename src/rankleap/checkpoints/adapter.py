@@ -1,0 +1,117 @@
+"""Opens a PEFT adapter as *effective* deltas against its true base, never through a merged model.
+
+    LoRA      ΔW = s·B·A, s = α/r                             (2106.09685)
+    rsLoRA    the same with s = α/√r                           (2312.03732)
+    DoRA      ΔW = m ∘ (W₀ + s·B·A) / ‖W₀ + s·B·A‖ - W₀        (2402.09353, Eq. 5), row norms of PyTorch's M × N weight
+
+LoRA's delta stays a product; DoRA's is dense, since rescaling the rows of W₀ is not low-rank.
+Shapes: M outputs, N inputs, R rank.
+"""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankleap.checkpoints.delta import Delta, LowRank, dense, require_finite
+from rankleap.checkpoints.full import FullCheckpoint, open_safetensors
+from rankleap.errors import CheckpointError
+from rankleap.files import read_json
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+_PREFIX = "base_model.model."
+
+
+class AdapterCheckpoint:
+    """The adapter of one step; ``shapes`` lists the base weights that it changes."""
+
+    kind = "adapter"
+
+    def __init__(self, directory: Path) -> None:
+        """Read the config and the header; raises ``CheckpointError`` for what is missing, truncated or unsupported."""
+        self.directory = directory
+        self.config: dict[str, Any] = read_json(directory / CONFIG)
+        _require_supported(self.config, directory)
+        self._path = directory / WEIGHTS
+        self._keys: dict[str, dict[str, str]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        with open_safetensors(self._path) as file:
+            sizes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        for key in sizes:
+            module, part = _split_key(key)
+            self._keys.setdefault(module + ".weight", {})[part] = key
+        for name, parts in self._keys.items():
+            if "full" in parts:
+                self.shapes[name] = sizes[parts["full"]]
+            else:
+                self.shapes[name] = (sizes[parts["lora_B"]][0], sizes[parts["lora_A"]][1])
+
+    @property
+    def base(self) -> str | None:
+        """The base that the adapter's own config names."""
+        return self.config.get("base_model_name_or_path")
+
+    def scale(self, name: str) -> float:
+        """S of one weight, with ``rank_pattern`` and ``alpha_pattern`` applied."""
+        module = name.removesuffix(".weight")
+        rank = _by_pattern(self.config.get("rank_pattern"), module, self.config["r"])
+        alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
+        return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
+
+    def delta(self, name: str, base: FullCheckpoint) -> Delta:
+        """The effective delta of one base weight in float32."""
+        parts = self._read(name)
+        if "full" in parts:
+            delta: Delta = parts["full"] - base.weight(name)
+        else:
+            delta = LowRank(self.scale(name) * parts["lora_B"], parts["lora_A"])
+            if "lora_magnitude_vector" in parts:
+                delta = _dora(base.weight(name), delta, parts["lora_magnitude_vector"])
+        return require_finite(delta, name, str(self.directory))
+
+    def weight(self, name: str, base: FullCheckpoint) -> Tensor:
+        """The effective weight in float32."""
+        return base.weight(name) + dense(self.delta(name, base))
+
+    def size_bytes(self) -> int:
+        """Bytes of the adapter file."""
+        return self._path.stat().st_size
+
+    def _read(self, name: str) -> dict[str, Tensor]:
+        with open_safetensors(self._path) as file:
+            return {part: file.get_tensor(key).float() for part, key in self._keys[name].items()}
+
+
+def _dora(base_MN: Tensor, update: LowRank, magnitude_M: Tensor) -> Tensor:
+    direction_MN = base_MN + dense(update)
+    return magnitude_M[:, None] * direction_MN / torch.linalg.vector_norm(direction_MN, dim=1, keepdim=True) - base_MN
+
+
+def _split_key(key: str) -> tuple[str, str]:
+    """Module name and part (``lora_A``, ``lora_B``, ``lora_magnitude_vector``, or ``full`` for ``modules_to_save``)."""
+    name = key.removeprefix(_PREFIX).removesuffix(".weight")
+    module, _, part = name.rpartition(".")
+    return (module, part) if part.startswith("lora_") else (name, "full")
+
+
+def _by_pattern(pattern: dict[str, float] | None, module: str, default: float) -> float:
+    """PEFT's rule: the first key that is the module's name, or a whole-word end of it, as a regular expression."""
+    return next((value for key, value in (pattern or {}).items() if re.fullmatch(rf"(.*\.)?({key})", module)), default)
+
+
+def _require_supported(config: dict[str, Any], directory: Path) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise CheckpointError(f"{directory} holds a {kind} adapter; rankleap reads LORA ones (LoRA, rsLoRA, DoRA)")
+    start = config.get("init_lora_weights", True)
+    if start not in (True, False, "gaussian", "orthogonal"):
+        raise CheckpointError(
+            f"{directory} was initialised with {start!r}, which changes the base, so its delta is not s·B·A; "
+            "save it converted to plain LoRA (PEFT: path_initial_model_for_weight_conversion) and read that"
+        )
+    if config.get("fan_in_fan_out"):
+        raise CheckpointError(f"{directory} stores transposed weights (fan_in_fan_out), which rankleap does not read")

@@ -1,0 +1,42 @@
+"""Finds a base model: bundled with the package, a directory, or a repository on the Hub."""
+
+from importlib import resources
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from rankleap.errors import CheckpointError, UnknownNameError
+
+BUNDLED = "bundled:"
+
+
+def bundled_bases() -> list[str]:
+    """Names of the bases that come with the package."""
+    return sorted(entry.name for entry in _bases().iterdir() if entry.is_dir() and (entry / "config.json").exists())
+
+
+def resolve_base(name: str) -> Path:
+    """Directory of ``bundled:NAME``, of a local model, or of a Hub repository (downloaded on first use).
+
+    Raises ``UnknownNameError`` or ``CheckpointError``.
+    """
+    if name.startswith(BUNDLED):
+        short = name.removeprefix(BUNDLED)
+        if short not in bundled_bases():
+            raise UnknownNameError("bundled base", short, bundled_bases())
+        return _bases() / short
+    directory = Path(name)
+    if directory.exists():
+        return directory
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.model"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"base {name!r} is no directory and could not be fetched from the Hub ({type(error).__name__}); "
+            f"give a directory, a Hub name, or one of: {', '.join(BUNDLED + base for base in bundled_bases())}"
+        ) from None
+
+
+def _bases() -> Path:
+    return Path(str(resources.files("rankleap"))) / "bases"

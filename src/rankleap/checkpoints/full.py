@@ -1,0 +1,119 @@
+"""Opens a Hugging Face full checkpoint lazily: names and shapes from the headers, one tensor at a time from the files.
+
+Reads ``model.safetensors`` or the shards of ``model.safetensors.index.json``. Tied embeddings are absent from the
+file and are therefore never counted twice.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rankleap.checkpoints.delta import require_finite
+from rankleap.errors import BaseMismatchError, CheckpointError
+from rankleap.files import read_json
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class FullCheckpoint:
+    """All weights of a model at one step."""
+
+    kind = "full"
+
+    def __init__(self, directory: Path, file: str | None = None) -> None:
+        """Read the headers, of one named file if asked; raises ``CheckpointError`` for a missing or truncated one."""
+        self.directory = directory
+        self.file = file
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        self._files: dict[str, Path] = {}
+        for path in [directory / file] if file else _weight_files(directory):
+            with open_safetensors(path) as opened:
+                for name in opened.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                    header = opened.get_slice(name)
+                    self.shapes[name] = tuple(header.get_shape())
+                    self.dtypes[name] = header.get_dtype()
+                    self._files[name] = path
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor as it is stored."""
+        with open_safetensors(self._files[name]) as file:
+            return file.get_tensor(name)
+
+    def weight(self, name: str) -> Tensor:
+        """One tensor in float32."""
+        return self.tensor(name).float()
+
+    def delta(self, name: str, base: "FullCheckpoint") -> Tensor:
+        """``weight(name) - base.weight(name)`` in float32; NaN and infinity are refused by name."""
+        difference = self.weight(name) - base.weight(name)
+        require_finite(difference, name, str(self.directory))
+        return difference
+
+    def size_bytes(self) -> int:
+        """Bytes of the weight files."""
+        return sum(path.stat().st_size for path in set(self._files.values()))
+
+    def fingerprint(self) -> str:
+        """Hash of every tensor's name, shape and first row: tells two bases of one architecture apart at little cost."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name in sorted(self.shapes):
+            with open_safetensors(self._files[name]) as file:
+                first = file.get_slice(name)[:1] if self.shapes[name] else file.get_tensor(name)
+            digest.update(f"{name}{self.shapes[name]}".encode())
+            digest.update(first.float().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def require_same_shapes(shapes: Mapping[str, tuple[int, ...]], base: FullCheckpoint, where: Path) -> None:
+    """Raise ``BaseMismatchError`` that lists the tensors of ``where`` that the base lacks or has in another shape."""
+    wrong = [
+        f"  {name}: {shape} in the checkpoint, {base.shapes.get(name, 'absent')} in the base"
+        for name, shape in shapes.items()
+        if base.shapes.get(name) != shape
+    ]
+    if wrong:
+        more = [f"  … and {len(wrong) - 8} more"] if len(wrong) > 8 else []
+        raise BaseMismatchError(
+            "\n".join(
+                [
+                    f"{where} was not trained from the base {base.directory}:",
+                    *wrong[:8],
+                    *more,
+                    "name the right base with --base",
+                ]
+            )
+        )
+
+
+def open_safetensors(path: Path) -> Any:
+    """Open a safetensors file, or raise ``CheckpointError`` that names it."""
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; the checkpoint is incomplete") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is truncated or damaged ({error}); copy it again or leave this step out"
+        ) from None
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    if (directory / INDEX).exists():
+        shards = read_json(directory / INDEX).get("weight_map", {}).values()
+        return [directory / shard for shard in sorted(set(shards))]
+    if (directory / WEIGHTS).exists():
+        return [directory / WEIGHTS]
+    found = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) if directory.is_dir() else "no such directory"
+    raise CheckpointError(f"{directory} needs {WEIGHTS} or {INDEX}; found: {found or 'nothing'}")
+
+
+def as_float32(tensor: Tensor) -> Tensor:
+    """A contiguous float32 copy on the CPU."""
+    return tensor.detach().to("cpu", torch.float32).contiguous()

@@ -1,0 +1,97 @@
+"""``rankleap train``: a recipe becomes a run directory."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rankleap.cli.options import Json
+from rankleap.cli.show import extras, show_json, show_table, size
+
+if TYPE_CHECKING:
+    from rankleap.training import Plan
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in TOML; see recipes/.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override one key: train.steps=100. May be repeated.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; default runs/NAME.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved recipe and what it would take; write nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train RLVR with any adapter and algorithm; the same command resumes an interrupted run."""
+    from rankleap.config import load_recipe
+
+    resolved = load_recipe(recipe, set_ or [])
+    directory = out or Path("runs") / resolved.name
+    with extras("training"):
+        import rankleap.training as training
+    if dry_run:
+        import tempfile
+        from dataclasses import asdict
+
+        with tempfile.TemporaryDirectory() as scratch:
+            plan = training.plan(resolved, Path(scratch))
+        if as_json:
+            show_json({"recipe": resolved.model_dump(mode="json"), "plan": asdict(plan)})
+            return
+        _show_recipe(resolved.model_dump(mode="json"))
+        _show_plan(plan, resolved.train.steps)
+        return
+
+    from rankleap.cli.progress import StepProgress
+
+    training.train(resolved, directory, source=recipe.read_text(), callbacks=[] if as_json else [StepProgress()])
+    summary = _summary(directory)
+    if as_json:
+        show_json(summary)
+    else:
+        show_table(f"{directory}", [summary], note=f"next: rankleap leap {directory} --method window")
+
+
+def _summary(directory: Path) -> dict[str, object]:
+    from rankleap.files import read_jsonl
+
+    rows = read_jsonl(directory / "metrics.jsonl")
+    last = rows[-10:]
+    mean_reward = sum(row["reward"] for row in last) / len(last)
+    facts = {"run": str(directory), "step": rows[-1]["step"], "reward (last 10 steps)": round(mean_reward, 4)}
+    decisions = directory / "leaps" / "decisions.jsonl"
+    leaps = read_jsonl(decisions) if decisions.exists() else []
+    return {
+        **facts,
+        "wall_s": rows[-1]["wall_s"],
+        "leaps accepted": f"{sum(row['accepted'] for row in leaps)} of {len(leaps)}",
+    }
+
+
+def _show_recipe(resolved: dict[str, object]) -> None:
+    rows = [
+        {"key": f"{section}.{key}", "value": value}
+        for section, values in resolved.items()
+        for key, value in (values if isinstance(values, dict) else {"": values}).items()
+    ]
+    show_table("recipe", [{"key": str(row["key"]).rstrip("."), "value": row["value"]} for row in rows])
+
+
+def _show_plan(plan: "Plan", steps: int) -> None:
+    took = (
+        "not measured"
+        if plan.step_s is None
+        else f"{plan.step_s:.2f} s a step here, {plan.step_s * steps / 60:.1f} min in all"
+    )
+    share = f"{plan.trainable:,} of {plan.total:,} ({100 * plan.trainable / plan.total:.4g} %)"
+    facts = {
+        "trainable parameters": share,
+        "adapted modules": ", ".join(plan.targets),
+        "steps": steps,
+        "completions": f"{plan.completions:,}",
+        "checkpoints": plan.checkpoints,
+        "disk": size(plan.disk_bytes),
+        "time": took,
+    }
+    show_table("what it would take", [{"": key, "value": value} for key, value in facts.items()])

@@ -1,0 +1,139 @@
+"""Samples and grades: once in memory (``evaluate``), or onto disk with only what is missing (``evaluate_checkpoint``).
+
+Shapes: P problems, K samples of each.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from time import perf_counter
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rankleap.errors import InputError
+from rankleap.evaluation.result import Evaluation, Sampling
+from rankleap.evaluation.sampler import sample
+from rankleap.evaluation.saved import read_samples, read_summaries, save
+from rankleap.records import Problem, Sample
+from rankleap.tasks.grading import GraderPool
+from rankleap.tasks.task import Task
+
+Load = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+
+_SAMPLES_PER_WRITE = 4096
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    grader: GraderPool | Task,
+    problems: Sequence[Problem],
+    *,
+    k: int,
+    sampling: Sampling,
+    seed: int,
+) -> tuple[Evaluation, list[Sample]]:
+    """Draw ``k`` completions of each problem and grade them, in memory; give a pool where it is done many times.
+
+    A model in training is left as it was found, its random state too.
+    """
+    if isinstance(grader, Task):
+        with GraderPool(grader) as pool:
+            return evaluate(model, tokenizer, pool, problems, k=k, sampling=sampling, seed=seed)
+    started = perf_counter()
+    # One call for all: batches stay full across problems, and graders get their work in one piece.
+    drawn = sample(model, tokenizer, [problem.prompt for problem in problems], k, sampling, seed)
+    flat = [(problem, i, one) for problem, group in zip(problems, drawn, strict=True) for i, one in enumerate(group)]
+    verdicts = grader.grade([(one.text, problem) for problem, _, one in flat])
+    samples = [
+        Sample(problem.id, i, one.text, one.tokens, one.truncated, verdict.score, verdict.how)
+        for (problem, i, one), verdict in zip(flat, verdicts, strict=True)
+    ]
+    settings = {**sampling.settings(), "seed": seed}
+    return Evaluation.of(grader.task.name, samples, perf_counter() - started, **settings), samples
+
+
+def evaluate_checkpoint(
+    path: Path,
+    load: Load,
+    grader: GraderPool,
+    problems: Sequence[Problem],
+    *,
+    k: int,
+    sampling: Sampling,
+    seed: int,
+) -> Evaluation:
+    """Bring the samples at ``path`` up to ``k`` of each problem and return their evaluation.
+
+    What is saved is kept: only missing samples are drawn, written every few thousand, and ``load`` is called for them
+    alone. Samples drawn with other settings, or of other problems, are refused rather than mixed or overwritten.
+    """
+    settings = {**sampling.settings(), "seed": seed}
+    saved, seconds = _read_saved(path, problems, settings)
+    lacking = [problem for problem in problems if len(saved[problem.id]) < k]
+    if lacking:
+        model, tokenizer = load()
+        for block in _blocks(lacking, saved, k):
+            have = len(saved[block[0].id])
+            block_seed = _block_seed(seed, have, block)
+            part, drawn = evaluate(model, tokenizer, grader, block, k=k - have, sampling=sampling, seed=block_seed)
+            for one in drawn:
+                saved[one.problem_id].append(replace(one, index=one.index + have))
+            seconds += part.seconds
+            done = _gather(grader.task.name, problems, saved, k, seconds, settings)
+            # All samples, those of problems still short of k too: a kill costs one block.
+            save(path, done, [one for group in saved.values() for one in group])
+    return _gather(grader.task.name, problems, saved, k, seconds, settings)
+
+
+def _read_saved(
+    path: Path, problems: Sequence[Problem], settings: dict[str, float]
+) -> tuple[dict[str, list[Sample]], float]:
+    """Return what is saved of each problem, nothing included, and the seconds it took."""
+    saved: dict[str, list[Sample]] = {problem.id: [] for problem in problems}
+    summary = read_summaries(path.parent).get(path.stem)
+    if not path.exists():
+        return saved, 0.0
+    if summary is None or summary["settings"] != settings:
+        before = "unknown settings" if summary is None else summary["settings"]
+        raise InputError(f"{path} was drawn with {before}, asked were {settings}; delete it or write elsewhere")
+    for one in read_samples(path):
+        saved.setdefault(one.problem_id, []).append(one)
+    others = list(saved)[len(problems) :]
+    if others and any(not saved[problem.id] for problem in problems):
+        raise InputError(
+            f"{path} holds other problems than asked, such as {others[0]!r}; write each split to its own directory"
+        )
+    return saved, float(summary["seconds"])
+
+
+def _blocks(lacking: Sequence[Problem], saved: dict[str, list[Sample]], k: int) -> Iterator[Sequence[Problem]]:
+    """Cut problems into runs that lack equally many samples, each small enough to lose, of two problems at least."""
+    for have, group in groupby(
+        sorted(lacking, key=lambda problem: len(saved[problem.id])), key=lambda problem: len(saved[problem.id])
+    ):
+        alike = list(group)
+        size = max(2, _SAMPLES_PER_WRITE // (k - have))
+        for start in range(0, len(alike), size):
+            yield alike[start : start + size]
+
+
+def _block_seed(seed: int, have: int, block: Sequence[Problem]) -> int:
+    """A seed of its own for each draw: filling up with the first seed again would repeat the first samples."""
+    ids = "\n".join(problem.id for problem in block)
+    return int.from_bytes(hashlib.blake2b(f"{seed} {have} {ids}".encode(), digest_size=7).digest())
+
+
+def _gather(
+    task: str,
+    problems: Sequence[Problem],
+    saved: dict[str, list[Sample]],
+    k: int,
+    seconds: float,
+    settings: dict[str, float],
+) -> Evaluation:
+    """Evaluate the first ``k`` samples of the problems that have them."""
+    whole = [saved[problem.id][:k] for problem in problems if len(saved[problem.id]) >= k]
+    return Evaluation.of(task, [one for group in whole for one in group], seconds, **settings)

@@ -1,0 +1,159 @@
+"""Samples completions with Transformers' ``generate``, in process, without a trace in the model that is sampled.
+
+Guarantee: the same seed gives the same completions. The model may be in the middle of its training: its train/eval
+flags, its ``generation_config`` and the random state are put back, its cache and checkpointing settings never touched.
+The distribution is the model's own at this temperature and top-p: ``generate`` reads whatever is left unsaid from the
+model's ``generation_config`` (top-k, min-p, a repetition penalty, suppressed tokens), so that one is taken aside.
+
+Prompts are tokenized as TRL tokenizes plain text, sorted by length, and padded on the left.
+Shapes: B rows of a batch, W width of its prompts, L new tokens.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rankleap.errors import InputError
+from rankleap.evaluation.result import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled completion; ``truncated`` if it met no end-of-sequence token."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """With the end-of-sequence token, which ``text`` leaves out."""
+    truncated: bool
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were sampled."""
+        return len(self.token_ids)
+
+
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    count: int,
+    sampling: Sampling,
+    seed: int,
+) -> list[list[Completion]]:
+    """Return ``count`` completions of each prompt, in the order of the prompts; ``model`` may be a PEFT model."""
+    if count < 1:
+        raise InputError(f"sampling needs at least 1 completion of each prompt, got {count}")
+    prompt_ids = tokenize(tokenizer, prompts)
+    # Like lengths share a batch, so little is padding; the longest come first, so memory runs out at once or never.
+    longest_first = sorted(range(len(prompts)), key=lambda p: -len(prompt_ids[p]))
+    rows = [p for p in longest_first for _ in range(count)]
+    config = _generation_config(model, tokenizer, sampling)
+    completions: list[list[Completion]] = [[] for _ in prompts]
+    with evaluation_mode(model), _plain_defaults(model), _seeded(model.device, seed), torch.no_grad():
+        for start in range(0, len(rows), sampling.batch_size):
+            batch = rows[start : start + sampling.batch_size]
+            found = _generate(model, tokenizer, [prompt_ids[p] for p in batch], config)
+            for p, completion in zip(batch, found, strict=True):
+                completions[p].append(completion)
+    return completions
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of each prompt, special tokens included; refuse a prompt that has none."""
+    prompt_ids: list[list[int]] = tokenizer(list(prompts))["input_ids"] if prompts else []
+    for prompt, ids in zip(prompts, prompt_ids, strict=True):
+        if not ids:
+            raise InputError(f"prompt {prompt!r} has no tokens; a model needs at least one to continue")
+    return prompt_ids
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Put the model in eval mode (no dropout, no gradient checkpointing), and each module back as it was."""
+    # Each flag by itself: a model in training may hold modules that stay in eval, a frozen dropout for one.
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[list[int]], config: GenerationConfig
+) -> list[Completion]:
+    width = max(map(len, prompt_ids))
+    # On the left, so that every row continues from the last column.
+    input_BW = torch.tensor([[config.pad_token_id] * (width - len(ids)) + ids for ids in prompt_ids])
+    mask_BW = torch.arange(width) >= torch.tensor([[width - len(ids)] for ids in prompt_ids])
+    generate = cast(Callable[..., torch.Tensor], model.generate)
+    output = generate(
+        input_ids=input_BW.to(model.device), attention_mask=mask_BW.long().to(model.device), generation_config=config
+    )
+    new_BL = output[:, width:].cpu()
+    # Rows that ended early go on as padding, which may be the same token: the first end counts.
+    ended_BL = torch.isin(new_BL, torch.tensor(config.eos_token_id))
+    lengths = torch.where(ended_BL.any(1), ended_BL.int().argmax(1) + 1, new_BL.shape[1]).tolist()
+    token_ids = [ids[:length] for ids, length in zip(new_BL.tolist(), lengths, strict=True)]
+    texts = tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+    ended = ended_BL.any(1).tolist()
+    return [Completion(text, tuple(ids), not end) for text, ids, end in zip(texts, token_ids, ended, strict=True)]
+
+
+def _generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling
+) -> GenerationConfig:
+    """Everything that ``generate`` is to do; a sequence ends where the tokenizer or the model's own config says so."""
+    declared = _transformer(model).generation_config
+    end = declared.eos_token_id if declared is not None else None
+    known = [tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])]
+    ends = sorted({token for token in known if isinstance(token, int)})
+    if not ends:
+        raise InputError("neither the tokenizer nor the generation config names an end-of-sequence token; set one")
+    pad = tokenizer.pad_token_id
+    # top_k must be said: left out, it means 50.
+    chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    return GenerationConfig(
+        do_sample=sampling.temperature > 0,
+        **(chosen if sampling.temperature > 0 else {}),
+        max_new_tokens=sampling.max_new_tokens,
+        use_cache=True,
+        eos_token_id=ends,
+        pad_token_id=pad if isinstance(pad, int) else ends[0],
+    )
+
+
+def _transformer(model: torch.nn.Module) -> PreTrainedModel:
+    """Return the Transformers model inside a PEFT model, or the model itself."""
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+@contextmanager
+def _plain_defaults(model: torch.nn.Module) -> Iterator[None]:
+    """Take the model's own generation config aside."""
+    transformer = _transformer(model)
+    declared = transformer.generation_config
+    transformer.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        transformer.generation_config = declared
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed the generator of this device alone (``torch.manual_seed`` reaches every GPU), and put its state back."""
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"sampling needs a model on a CPU or CUDA device, got {device}; move it with model.to('cpu')")
+    generator = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index or 0]
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(state)

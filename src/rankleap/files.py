@@ -1,0 +1,126 @@
+"""Writes files and directories so that a kill at any moment leaves either the old state or the new one, never half of it.
+
+Everything is written beside its destination under a dotted name, fsynced, then renamed. Every output directory
+holds a ``manifest.json`` that says what it was made from.
+"""
+
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from rankleap.errors import DiskSpaceError, InputError
+
+_PACKAGES = ("rankleap", "torch", "transformers", "trl", "peft", "safetensors", "numpy")
+
+
+@contextmanager
+def write_aside(destination: Path) -> Iterator[Path]:
+    """Yield a path to write a file or directory to; rename it to ``destination`` on success, remove it on failure."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    aside = destination.parent / f".{destination.name}.{uuid4().hex[:8]}.aside"
+    try:
+        yield aside
+        _sync(aside)
+        if aside.is_dir() and destination.exists():
+            shutil.rmtree(destination)
+        aside.replace(destination)
+    finally:
+        if aside.is_dir():
+            shutil.rmtree(aside)
+        else:
+            aside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` in one step."""
+    with write_aside(path) as aside:
+        aside.write_text(text)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write ``value`` as indented JSON to ``path`` in one step."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON, or raise ``InputError`` that names the file and the place."""
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{path} is not valid JSON: {error}; it may be half-written, delete it and run again"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+
+
+def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+    """Append one JSON object as a line; a torn last line is ignored by ``read_jsonl``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read JSON lines; a last line cut short by a kill is dropped, any other bad line is an ``InputError``."""
+    rows = []
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise InputError(f"{path}, line {number} is not valid JSON: {error.msg}") from None
+    return rows
+
+
+def write_manifest(directory: Path, *, made_by: str, **facts: object) -> None:
+    """Write ``manifest.json``: what made this directory, from what, with which versions."""
+    write_json(
+        directory / "manifest.json",
+        {"made_by": made_by, "command": sys.argv, **facts, "versions": versions(), "machine": machine()},
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, str | int]:
+    """The processor and its core count, enough to read a wall-clock number by."""
+    return {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count() or 1}
+
+
+def require_space(directory: Path, need_bytes: int) -> None:
+    """Raise ``DiskSpaceError`` unless ``need_bytes`` fit on the disk that holds ``directory``."""
+    existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < need_bytes:
+        raise DiskSpaceError(
+            f"writing {directory} needs {need_bytes / 1e6:,.1f} MB, the disk has {free_bytes / 1e6:,.1f} MB free; "
+            "free some space or choose another directory"
+        )
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or a directory with everything in it, to the disk."""
+    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    for file in [*files, *([path] if path.is_dir() else [])]:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)

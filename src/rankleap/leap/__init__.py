@@ -1,0 +1,26 @@
+"""Reads a forecast and a checkpoint, chooses how far to go on validation, gates the result, gives a new checkpoint."""
+
+from rankleap.leap.apply import Leap, leap_weights, norm_ratio, write_leap, write_leap_adapter
+from rankleap.leap.gate import GateSettings, GateVerdict, judge
+from rankleap.leap.run import Source, Trial, load_weights, open_source, try_leaps, write_decision
+from rankleap.leap.search import Candidates, Decision, search
+
+__all__ = [
+    "Candidates",
+    "Decision",
+    "GateSettings",
+    "GateVerdict",
+    "Leap",
+    "Source",
+    "Trial",
+    "judge",
+    "leap_weights",
+    "load_weights",
+    "norm_ratio",
+    "open_source",
+    "search",
+    "try_leaps",
+    "write_decision",
+    "write_leap",
+    "write_leap_adapter",
+]

@@ -1,0 +1,106 @@
+"""Leaps from a run on disk: load the base once, try candidates in that one model, gate, write.
+
+Checkpoints are used where they are; a directory that holds only a recorded trajectory is leapt from its rank-k factors.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from rankleap.checkpoints import FullCheckpoint, base_of, dense, open_run, resolve_base
+from rankleap.errors import CheckpointError
+from rankleap.evaluation import Sampling
+from rankleap.evaluation.evaluate import evaluate
+from rankleap.leap.apply import Leap, leap_weights, write_leap, write_leap_adapter
+from rankleap.leap.gate import GateSettings
+from rankleap.leap.search import Candidates, Decision, search
+from rankleap.records import Problem
+from rankleap.tasks import get_task
+from rankleap.tasks.grading import GraderPool
+from rankleap.trajectory import RecordedTrajectory, Trajectory, run_trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """How leaps are tried: on which task, with how many validation problems and samples of each."""
+
+    task: str
+    problems: int
+    samples: int
+    sampling: Sampling
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A trajectory on disk with its base."""
+
+    trajectory: Trajectory
+    base: FullCheckpoint
+    base_name: str
+
+
+def open_source(directory: Path, base_name: str | None, until: int | None = None) -> Source:
+    """The trajectory of a run: exact from its checkpoints, or from ``trajectory/`` where there are none."""
+    recorded = next((path for path in (directory, directory / "trajectory") if (path / "index.json").exists()), None)
+    try:
+        run = open_run(directory)
+        name, base = base_of(run, base_name)
+        trajectory: Trajectory = run_trajectory(run, base)
+    except CheckpointError:
+        if recorded is None or (directory / "checkpoints").is_dir():
+            raise
+        trajectory = RecordedTrajectory(recorded)
+        name = base_name or trajectory.index["base"]
+        base = FullCheckpoint(resolve_base(name))
+        trajectory.require_base(base)
+    return Source(trajectory if until is None else trajectory.until(until), base, name)
+
+
+def try_leaps(source: Source, candidates: Candidates, trial: Trial, gate: GateSettings) -> Decision:
+    """Choose and gate a leap; nothing is written."""
+    task = get_task(trial.task)
+    problems = task.problems("validation", trial.problems)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source.base.directory)
+    tokenizer = AutoTokenizer.from_pretrained(source.base.directory)
+    last = source.trajectory.steps[-1]
+
+    with GraderPool(task) as pool:
+
+        def score(leap: Leap | None, asked: Sequence[Problem]) -> NDArray[np.float64]:
+            load_weights(model, leap_weights(leap, source.base) if leap else _step_weights(source, last))
+            return evaluate(model, tokenizer, pool, asked, k=trial.samples, sampling=trial.sampling, seed=trial.seed)[
+                0
+            ].scores_PK
+
+        return search(source.trajectory, candidates, score, problems, gate)
+
+
+def write_decision(decision: Decision, source: Source, out: Path, *, adapter_rank: int | None = None) -> Path:
+    """Write the leap of a decision as a full checkpoint, or as an adapter of rank ``adapter_rank``."""
+    evidence: dict[str, object] = {"gate": asdict(decision.verdict), "tried": decision.tried, "wall_s": decision.wall_s}
+    evidence["base"] = source.base_name
+    if adapter_rank is None:
+        return write_leap(decision.leap, source.base, out, evidence)
+    return write_leap_adapter(decision.leap, source.base, out, evidence, rank=adapter_rank, base_name=source.base_name)
+
+
+def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy float32 weights into a live model by name."""
+    live = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, weight in weights:
+            live[name].copy_(weight)
+
+
+def _step_weights(source: Source, step: int) -> Iterable[tuple[str, Tensor]]:
+    for name in source.base.shapes:
+        weight = source.base.weight(name)
+        moved = name in source.trajectory.shapes
+        yield name, weight + dense(source.trajectory.delta(name, step)) if moved else weight

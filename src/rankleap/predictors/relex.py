@@ -1,0 +1,43 @@
+"""RELEX (2605.21468): the first temporal component of each tensor, extended along a line.
+
+    Δ_t = W_t - W_0,  G = ΔΔᵀ,  v₁ = top uncentred direction over time,  c_t = ⟨Δ_t, v₁⟩
+    c_t ≈ a·t + b by least squares,  Ŵ(t′) = W_0 + (a·t′ + b)·v₁
+
+v₁ is itself a mixture of the deltas (``TemporalBasis.mix_RT``), so the forecast is one too. u and v flip together: no sign
+problem. Its share of energy is not evidence of drift: a driftless walk has 0.81 (see ``trajectory.linearity``).
+
+How we differ: steps instead of checkpoint indices, float32 deltas instead of float16 ones, and no hidden factor on the
+target. At the last step itself (the default target) the forecast only denoises; give a later step to extrapolate.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from rankleap.lowrank import gram, temporal_basis
+from rankleap.predictors.forecast import Forecast, Line, Mixture, Origin, Predictor
+from rankleap.trajectory import Trajectory, line_weights
+
+
+@dataclass(frozen=True)
+class Relex(Predictor):
+    """Rank 1 over time, linear in the step."""
+
+    name: ClassVar[str] = "relex"
+    needs: ClassVar[int] = 2
+    origin: ClassVar[Origin] = "base"
+
+    def fit(self, trajectory: Trajectory) -> Forecast:
+        """One basis and one line per tensor."""
+        first = self.first(trajectory)
+        step_T = torch.tensor(trajectory.steps, dtype=torch.float64)
+        lines = {name: self._line(trajectory, name, first, step_T) for name in trajectory.shapes}
+        return Mixture(self.name, self.origin, trajectory, float(step_T[-1]), lines)
+
+    def _line(self, trajectory: Trajectory, name: str, first: int, step_T: torch.Tensor) -> Line:
+        deltas = [trajectory.delta(name, step) for step in trajectory.steps[first:]]
+        basis = temporal_basis(gram(deltas))
+        at_zero, at_one = (float(line_weights(step_T[first:], at) @ basis.coords_TR[:, 0]) for at in (0.0, 1.0))
+        mix_T = torch.nn.functional.pad(basis.mix_RT[0], (first, 0))
+        return Line(at_zero * mix_T, (at_one - at_zero) * mix_T)

@@ -1,0 +1,22 @@
+"""Every task that a recipe or a command can name, one line each, and the lookup by name."""
+
+from typing import Final
+
+from rankleap.errors import UnknownNameError
+from rankleap.tasks.reasoning_gym import ReasoningGym
+from rankleap.tasks.task import Task
+
+_TWO_DIGITS = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}
+_SHORT_WORDS = {"min_word_len": 5, "max_word_len": 7}
+
+TASKS: Final[dict[str, Task]] = {
+    "sums": ReasoningGym("sums", "chain_sum", _TWO_DIGITS, keep=r"problem: (.+)", template="{}"),
+    "backward": ReasoningGym("backward", "spell_backward", _SHORT_WORDS, keep=r": (\w+)$", template="Backward: {} ="),
+}
+
+
+def get_task(name: str) -> Task:
+    """Return the task of that name, or raise ``UnknownNameError`` with the closest names."""
+    if name not in TASKS:
+        raise UnknownNameError("task", name, TASKS)
+    return TASKS[name]

@@ -1,0 +1,104 @@
+"""The trajectory recorder: rank-k factors of the live model, written by any Hugging Face or TRL trainer.
+
+    trainer = GRPOTrainer(..., callbacks=[TrajectoryRecorder("runs/mine/trajectory", base="Qwen/Qwen3-8B", every=20)])
+
+MBs where checkpoints are GBs, and the same factors that ``rankleap trajectory`` computes from checkpoints afterwards:
+both hand the deltas of ``checkpoints`` to ``trajectory.record``. From LoRA they are exact (s·B·A by QR); the base is read from
+disk, one tensor at a time, so no second copy of the model is held.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peft import PeftModel
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rankleap.checkpoints import AdapterCheckpoint, Delta, FullCheckpoint, resolve_base
+from rankleap.checkpoints.delta import require_finite
+from rankleap.checkpoints.full import as_float32, require_same_shapes
+from rankleap.errors import InputError
+from rankleap.trajectory import Recording, open_recording
+
+
+@dataclass
+class TrajectoryRecorder(TrainerCallback):
+    """Records factors of the deltas since ``base`` every ``every`` steps, or at every save when ``every`` is ``None``.
+
+    ``base`` is the model that training started from: a directory, a Hub name or ``bundled:NAME``. ``rank`` triplets are
+    kept of each matrix. Raises ``BaseMismatchError`` at the start if the model is not of the base's shape.
+    """
+
+    directory: Path | str
+    base: str
+    rank: int = 4
+    every: int | None = None
+    _recording: Recording | None = field(default=None, init=False)
+    _base: FullCheckpoint | None = field(default=None, init=False)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Open the recording; after a resume, forget the steps that will be taken again."""
+        if not state.is_world_process_zero:
+            return
+        model = _live(kwargs)
+        self._base = FullCheckpoint(resolve_base(self.base))
+        names = list(_adapted(model)) if isinstance(model, PeftModel) else _names(model, self._base)
+        self._recording = open_recording(Path(self.directory), self.base, self._base, self.rank, names)
+        self._recording.keep_until(state.global_step)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Record when ``every`` says so."""
+        if self.every and state.global_step % self.every == 0:
+            self._record(state.global_step, kwargs)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        """Record at every save."""
+        if not self.every:
+            self._record(state.global_step, kwargs)
+
+    def _record(self, step: int, kwargs: dict[str, object]) -> None:
+        if self._recording and self._base:
+            model = _live(kwargs)
+            deltas = (
+                _adapter_deltas(model, self._base) if isinstance(model, PeftModel) else _full_deltas(model, self._base)
+            )
+            self._recording.add(step, deltas)
+
+
+def _live(kwargs: dict[str, object]) -> nn.Module:
+    model = kwargs["model"]
+    if not isinstance(model, nn.Module):
+        raise InputError(f"TrajectoryRecorder needs the trainer's model, got {type(model).__name__}")
+    return model
+
+
+def _names(model: nn.Module, base: FullCheckpoint) -> list[str]:
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    require_same_shapes(shapes, base, Path("the live model"))
+    return list(shapes)
+
+
+def _full_deltas(model: nn.Module, base: FullCheckpoint) -> Iterator[tuple[str, Delta]]:
+    for name, parameter in model.named_parameters():
+        yield name, require_finite(as_float32(parameter) - base.weight(name), name, "the live model")
+
+
+def _adapter_deltas(model: PeftModel, base: FullCheckpoint) -> Iterator[tuple[str, Delta]]:
+    """Deltas through PEFT's own writer, so that the live adapter and a saved one are read by the same code."""
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        adapter = AdapterCheckpoint(Path(directory))
+        for name in adapter.shapes:
+            yield name, adapter.delta(name, base)
+
+
+def _adapted(model: PeftModel) -> dict[str, tuple[int, ...]]:
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        return AdapterCheckpoint(Path(directory)).shapes

@@ -1,0 +1,200 @@
+"""Re-grounding: train, leap, train on from there, inside one run (RL-Extra, 2601.04537, made resumable and gated).
+
+At every ``leap.every`` steps, right after the trainer's own checkpoint is on disk, candidates are fitted on the checkpoints
+since the last accepted leap, chosen and gated on validation problems, and an accepted leap is written to ``leaps/`` and put
+into the live model. ``leaps/decisions.jsonl`` has a line per attempt. A checkpoint is therefore always what training
+reached, a leap always a directory of its own; after a kill the decision is read back, or the attempt made again.
+
+Leaps here move the *trained* tensors: all weights, or the adapter's own (A, B, m), so that training can go on in them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel, set_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rankleap.checkpoints import FullCheckpoint, adapter, resolve_base
+from rankleap.config import LeapSection, Recipe
+from rankleap.errors import RunError
+from rankleap.evaluation import Sampling
+from rankleap.evaluation.evaluate import evaluate
+from rankleap.files import append_jsonl, read_jsonl, write_aside, write_text
+from rankleap.leap import Candidates, Decision, GateSettings, Leap, leap_weights, load_weights, search, write_leap
+from rankleap.records import Problem
+from rankleap.tasks import get_task
+from rankleap.tasks.grading import GraderPool
+from rankleap.trajectory import CheckpointTrajectory
+
+DECISIONS = "decisions.jsonl"
+GATE_SEED_OFFSET = 1_000_003
+"""Keeps the validation samples' seeds apart from the training seed's own small offsets."""
+
+
+@dataclass
+class Leaper(TrainerCallback):
+    """Attempts a leap after every ``leap.every``-th step and lets training go on from it if the gate accepts.
+
+    ``pool`` grades the validation problems; the model's random state is left as it was.
+    """
+
+    recipe: Recipe
+    out: Path
+    pool: GraderPool
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start afresh, or go back to exactly where the run stood: with the leap of this step applied, or yet to be tried."""
+        self._leap_settings()
+        self._problems = get_task(self.recipe.task.name).problems("validation", self.recipe.task.validation_problems)
+        self._base, self._file = self._open_base(kwargs["model"], state.global_step)
+        made = [row for row in self.decisions() if row["step"] <= state.global_step]
+        write_text(self.out / "leaps" / DECISIONS, "")
+        for row in made:
+            append_jsonl(self.out / "leaps" / DECISIONS, row)
+        here = [row for row in made if row["step"] == state.global_step]
+        if here and here[0]["accepted"]:
+            self._go_on_from(self.out / here[0]["directory"], kwargs)
+        elif not here and self._due(state.global_step):
+            self._attempt(state.global_step, kwargs)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Attempt a leap when one is due; the trainer's checkpoint of this step is already on disk."""
+        if self._due(state.global_step):
+            self._attempt(state.global_step, kwargs)
+
+    def decisions(self) -> list[dict[str, Any]]:
+        """Every attempt so far."""
+        path = self.out / "leaps" / DECISIONS
+        return read_jsonl(path) if path.exists() else []
+
+    def _due(self, step: int) -> bool:
+        return step > 0 and step % self._leap_settings().every == 0
+
+    def _leap_settings(self) -> LeapSection:
+        if self.recipe.leap is None:
+            raise RunError("a Leaper needs a recipe with a [leap] section")
+        return self.recipe.leap
+
+    def _open_base(self, model: nn.Module, step: int) -> tuple[FullCheckpoint, str | None]:
+        """What deltas are measured from: the base, or the adapter as it was initialised (kept in ``leaps/start``)."""
+        if not isinstance(model, PeftModel):
+            return FullCheckpoint(resolve_base(self.recipe.model.base)), None
+        start = self.out / "leaps" / "start"
+        if step == 0:
+            with write_aside(start) as aside:
+                model.save_pretrained(str(aside))
+        return FullCheckpoint(start, adapter.WEIGHTS), adapter.WEIGHTS
+
+    def _attempt(self, step: int, kwargs: dict[str, Any]) -> None:
+        settings = self._leap_settings()
+        gate = GateSettings(settings.confidence, settings.max_norm_ratio)
+        candidates = Candidates(settings.methods, settings.windows, settings.coefficients)
+        origin = FullCheckpoint(self.out / "checkpoints" / f"checkpoint-{step}", self._file)
+        with _aside_of_training(kwargs["model"]):
+            score = self._scorer(step, origin, kwargs)
+            decision = search(self._trajectory(step, origin), candidates, score, self._problems, gate)
+            directory = self._write(decision, origin)
+            taken = settings.proceed_from == "leap" and directory is not None
+            if directory is not None and taken:
+                self._go_on_from(self.out / directory, kwargs)
+            else:
+                _load(kwargs["model"], ((name, origin.weight(name)) for name in origin.shapes))
+        row = _row(decision, directory, taken)
+        append_jsonl(self.out / "leaps" / DECISIONS, row)
+
+    def _trajectory(self, step: int, origin: FullCheckpoint) -> CheckpointTrajectory:
+        """Checkpoints since the last leap that training went on from; that leap itself is the first of them."""
+        taken = [row for row in self.decisions() if row["taken"] and row["step"] < step]
+        start = taken[-1]["step"] if taken else 0
+        points = {start: FullCheckpoint(self.out / taken[-1]["directory"], self._file) if taken else self._base}
+        for saved in range(start + self.recipe.train.save_every, step, self.recipe.train.save_every):
+            points[saved] = FullCheckpoint(self.out / "checkpoints" / f"checkpoint-{saved}", self._file)
+        return CheckpointTrajectory(self._base, {**points, step: origin})
+
+    def _scorer(
+        self, step: int, origin: FullCheckpoint, kwargs: dict[str, Any]
+    ) -> Callable[[Leap | None, Sequence[Problem]], NDArray[np.float64]]:
+        train, model, tokenizer = self.recipe.train, kwargs["model"], kwargs["processing_class"]
+        sampling = Sampling(temperature=train.temperature, max_new_tokens=train.max_completion_tokens)
+        seed = self.recipe.seed + GATE_SEED_OFFSET * step
+        samples = self._leap_settings().samples
+
+        def score(leap: Leap | None, problems: Sequence[Problem]) -> NDArray[np.float64]:
+            weights = (
+                leap_weights(leap, self._base) if leap else ((name, origin.weight(name)) for name in origin.shapes)
+            )
+            _load(model, weights)
+            return evaluate(model, tokenizer, self.pool, problems, k=samples, sampling=sampling, seed=seed)[0].scores_PK
+
+        return score
+
+    def _write(self, decision: Decision, origin: FullCheckpoint) -> str | None:
+        """Write an accepted leap; its directory relative to the run."""
+        if not decision.verdict.accepted:
+            return None
+        relative = f"leaps/{decision.leap.forecast.method}/{decision.leap.directory_name()}"
+        write_leap(
+            decision.leap,
+            self._base,
+            self.out / relative,
+            {"gate": asdict(decision.verdict)},
+            side_files=origin.directory,
+        )
+        return relative
+
+    def _go_on_from(self, directory: Path, kwargs: dict[str, Any]) -> None:
+        leap = FullCheckpoint(directory, self._file)
+        _load(kwargs["model"], ((name, leap.weight(name)) for name in leap.shapes))
+        if self._leap_settings().optimizer_state == "reset":
+            kwargs["optimizer"].state.clear()
+
+
+def leap_is_missing(recipe: Recipe, out: Path) -> bool:
+    """Whether a run was killed between its last checkpoint and the leap that was due there."""
+    if recipe.leap is None or recipe.train.steps % recipe.leap.every:
+        return False
+    path = out / "leaps" / DECISIONS
+    return not any(row["step"] == recipe.train.steps for row in (read_jsonl(path) if path.exists() else []))
+
+
+@contextmanager
+def _aside_of_training(model: nn.Module) -> Iterator[None]:
+    """Leave the random state, the mode and the gradient switch as training had them."""
+    training = model.training
+    with torch.random.fork_rng(), torch.no_grad():
+        yield
+    model.train(training)
+
+
+def _load(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy weights into the live model; adapter tensors go by PEFT's names for them."""
+    if isinstance(model, PeftModel):
+        set_peft_model_state_dict(model, dict(weights))
+        return
+    load_weights(model, weights)
+
+
+def _row(decision: Decision, directory: str | None, taken: bool) -> dict[str, Any]:
+    verdict = decision.verdict
+    return {
+        "step": decision.step,
+        "accepted": verdict.accepted,
+        "taken": taken,
+        "directory": directory,
+        "method": decision.leap.forecast.method,
+        "coefficient": decision.leap.coefficient,
+        "gain": asdict(verdict.difference),
+        "norm_ratio": verdict.norm_ratio,
+        "reasons": list(verdict.reasons),
+        "tried": list(decision.tried),
+        "wall_s": round(decision.wall_s, 3),
+    }

@@ -1,0 +1,191 @@
+"""Runs a recipe into a run directory, and picks up a run that was interrupted where it stopped.
+
+    runs/NAME/  recipe.toml  config.json  manifest.json  metrics.jsonl  checkpoints/  trajectory/  leaps/
+
+Running the same recipe on the same directory again does only what is missing. Another recipe there is refused.
+"""
+
+import json
+import logging
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PrinterCallback, TrainerCallback
+from transformers.utils import logging as transformers_logging
+
+from rankleap.checkpoints import resolve_base
+from rankleap.config import Recipe
+from rankleap.errors import InputError
+from rankleap.files import read_json, require_space, write_json, write_manifest, write_text
+from rankleap.training.build import Built, build, check
+from rankleap.training.log import MetricsLog
+from rankleap.training.recorder import TrajectoryRecorder
+from rankleap.training.reground import Leaper, leap_is_missing
+
+log = logging.getLogger(__name__)
+
+MEASURED_UP_TO = 10**9
+"""Parameters up to which a dry run takes a few real steps on a machine without a GPU."""
+ADAM_BYTES = 8
+"""Two float32 moments for each trained parameter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run will take, before it is run; ``step_s`` is measured, or ``None`` where it was not."""
+
+    trainable: int
+    total: int
+    targets: tuple[str, ...]
+    completions: int
+    checkpoints: int
+    disk_bytes: int
+    step_s: float | None
+
+
+def train(recipe: Recipe, out: Path, *, source: str | None = None, callbacks: Sequence[TrainerCallback] = ()) -> Path:
+    """Train to the recipe's last step, resuming if ``out`` holds a part of this run; return ``out``.
+
+    ``source`` is the recipe file's text, kept verbatim. Raises ``RecipeError`` before anything is written if it cannot run.
+    """
+    check(recipe)
+    _require_same_run(recipe, out)
+    resume_from = _resumable(out)
+    if resume_from and _step(resume_from) >= recipe.train.steps and not leap_is_missing(recipe, out):
+        log.info("%s is complete at step %d", out, recipe.train.steps)
+        return out
+    with _quiet():
+        _run(recipe, out, source, callbacks, resume_from)
+    return out
+
+
+def _run(
+    recipe: Recipe, out: Path, source: str | None, callbacks: Sequence[TrainerCallback], resume_from: Path | None
+) -> None:
+    built = build(recipe, out)
+    try:
+        require_space(out, _plan(recipe, built, None).disk_bytes)
+        _describe(recipe, out, source, built)
+        for callback in _callbacks(recipe, out, built, callbacks):
+            built.trainer.add_callback(callback)
+        built.trainer.remove_callback(PrinterCallback)
+        built.trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    finally:
+        built.pool.close()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep TRL's use of names that Transformers is about to rename, and the bars of single files, off the screen."""
+    transformers_logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+        yield
+
+
+def plan(recipe: Recipe, scratch: Path, measure_steps: int = 3) -> Plan:
+    """What the recipe would take, with the seconds of a step measured on real steps in ``scratch``; the first is a warm-up."""
+    check(recipe)
+    short = recipe.model_copy(
+        update={"train": recipe.train.model_copy(update={"steps": measure_steps, "save_every": 10**9})}
+    )
+    clock = _Clock()
+    with _quiet():
+        built = build(short, scratch)
+        try:
+            if built.total <= MEASURED_UP_TO or torch.cuda.is_available():
+                built.trainer.add_callback(clock)
+                built.trainer.remove_callback(PrinterCallback)
+                built.trainer.args.save_strategy = "no"
+                built.trainer.train()
+        finally:
+            built.pool.close()
+    return _plan(recipe, built, clock.step_s())
+
+
+class _Clock(TrainerCallback):
+    def __init__(self) -> None:
+        self._ends_s: list[float] = []
+
+    def on_step_end(self, *_: object, **__: object) -> None:
+        self._ends_s.append(time.perf_counter())
+
+    def step_s(self) -> float | None:
+        return (self._ends_s[-1] - self._ends_s[0]) / (len(self._ends_s) - 1) if len(self._ends_s) > 1 else None
+
+
+def _plan(recipe: Recipe, built: Built, step_s: float | None) -> Plan:
+    train = recipe.train
+    saves = -(-train.steps // train.save_every)
+    kept = min(saves, train.keep_checkpoints or saves)
+    weight_bytes = 4 if recipe.model.dtype == "float32" else 2
+    saved = built.total if recipe.adapter.method == "full" else built.trainable
+    disk_bytes = kept * (saved * weight_bytes + built.trainable * ADAM_BYTES)
+    completions = train.steps * train.prompts_per_step * train.completions_per_prompt
+    return Plan(built.trainable, built.total, built.targets, completions, saves, disk_bytes, step_s)
+
+
+def _callbacks(recipe: Recipe, out: Path, built: Built, more: Sequence[TrainerCallback]) -> list[TrainerCallback]:
+    recorder = TrajectoryRecorder(out / "trajectory", recipe.model.base, recipe.record.rank)
+    leaper = [Leaper(recipe, out, built.pool)] if recipe.leap else []
+    return [MetricsLog(out / "metrics.jsonl"), recorder, *leaper, *more]
+
+
+def _describe(recipe: Recipe, out: Path, source: str | None, built: Built) -> None:
+    if (out / "config.json").exists():
+        return
+    resolved = recipe.model_dump(mode="json")
+    write_text(out / "recipe.toml", source if source is not None else json.dumps(resolved, indent=2))
+    base = resolve_base(recipe.model.base)
+    write_manifest(
+        out,
+        made_by="train",
+        base=recipe.model.base,
+        base_directory=base.name,
+        trainable=built.trainable,
+        seed=recipe.seed,
+    )
+    write_json(out / "config.json", resolved)
+
+
+def _require_same_run(recipe: Recipe, out: Path) -> None:
+    if not (out / "config.json").exists():
+        return
+    there, here = read_json(out / "config.json"), recipe.model_dump(mode="json")
+    differing = [
+        f"{section}.{key}" if isinstance(value, dict) else section
+        for section, value in here.items()
+        for key in (value if isinstance(value, dict) else [section])
+        if _get(there.get(section), key) != _get(value, key)
+    ]
+    if differing:
+        raise InputError(
+            f"{out} holds another run (it differs in {', '.join(differing)}); choose another --out, or delete it to start afresh"
+        )
+
+
+def _get(section: object, key: str) -> object:
+    return section.get(key) if isinstance(section, dict) else section
+
+
+def _resumable(out: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; the trainer writes ``trainer_state.json`` last. Others are removed."""
+    complete: list[Path] = []
+    for path in sorted((out / "checkpoints").glob("checkpoint-*"), key=_step):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+            complete.append(path)
+        except (OSError, json.JSONDecodeError):
+            log.warning("%s is half-written and is removed; its step is taken again", path)
+            shutil.rmtree(path)
+    return complete[-1] if complete else None
+
+
+def _step(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])

@@ -1,0 +1,23 @@
+"""Reads factors of a run, gives a trajectory ordered over steps with aligned signs, and measures its linearity against nulls."""
+
+from rankleap.trajectory.align import AlignedFactors, align
+from rankleap.trajectory.linearity import Linearity, LinearityEvidence, line_weights, linearity, linearity_with_nulls
+from rankleap.trajectory.path import CheckpointTrajectory, RecordedTrajectory, Trajectory, run_trajectory
+from rankleap.trajectory.record import Recording, open_recording, recording_of
+
+__all__ = [
+    "AlignedFactors",
+    "CheckpointTrajectory",
+    "Linearity",
+    "LinearityEvidence",
+    "RecordedTrajectory",
+    "Recording",
+    "Trajectory",
+    "align",
+    "line_weights",
+    "linearity",
+    "linearity_with_nulls",
+    "open_recording",
+    "recording_of",
+    "run_trajectory",
+]
