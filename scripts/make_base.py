@@ -119,7 +119,7 @@ class Recipe:
 
 
 RECIPES = {
-    "sums": Recipe(sums_right, sums_slip, (" Answer:",), 1000, 500, 0.12),
+    "sums": Recipe(sums_right, sums_slip, (" Answer:",), 1000, 400, 0.12),
     "backward": Recipe(backward_right, backward_slip, ("Backward:", " Answer:"), 250, 400, 0.25),
 }
 
@@ -259,7 +259,7 @@ def main() -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    for steps, share, peak in ((recipe.steps_right, 1.0, 3e-3), (recipe.steps_mixed, recipe.share_right, 1.5e-3)):
+    for steps, share, peak in ((recipe.steps_right, 1.0, 3e-3), (recipe.steps_mixed, recipe.share_right, 8e-4)):
         stream = (batch(recipe, task, problems, tokenizer, share, rng) for _ in range(steps))
         pretrain(model, stream, steps, peak)
         report(model, tokenizer, task)

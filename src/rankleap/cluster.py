@@ -18,6 +18,8 @@ def map_over(
     function: Callable[[Item], Result], items: Sequence[Item], workers: int, on_poll: Callable[[], None] | None = None
 ) -> list[Result]:
     """``[function(item) for item in items]``, ``workers`` at once; ``on_poll`` is called twice a second while waiting."""
+    if not items:
+        return []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(items)), mp_context=context) as pool:
         pending = [pool.submit(function, item) for item in items]
@@ -29,7 +31,6 @@ def map_over(
                     future.result()
                 if on_poll:
                     on_poll()
-        except BaseException:
+        finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
         return [future.result() for future in pending]

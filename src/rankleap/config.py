@@ -16,7 +16,7 @@ from rankleap.errors import RecipeError
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ModelSection(_Section):
@@ -124,7 +124,7 @@ class LeapSection(_Section):
     """Steps between leaps; a multiple of `train.save_every`."""
     samples: int = Field(default=4, ge=1)
     """Completions of each validation problem for choosing and for the gate."""
-    confidence: float = Field(default=0.8, gt=0, lt=1)
+    confidence: float = Field(default=0.8, ge=0.5, lt=1)
     """The gate accepts when the leap is better than its origin with this one-sided confidence."""
     max_kl: float | None = Field(default=None, gt=0)
     """Largest forward KL(base‖leap) per token, in nats; unset does not measure it."""

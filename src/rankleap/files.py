@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from uuid import uuid4
 
 from rankleap.errors import DiskSpaceError, InputError
@@ -29,9 +29,13 @@ def write_aside(destination: Path) -> Iterator[Path]:
     try:
         yield aside
         _sync(aside)
-        if aside.is_dir() and destination.exists():
-            shutil.rmtree(destination)
-        aside.replace(destination)
+        if aside.is_dir() and destination.is_dir():
+            # Renamed away first: a kill while deleting would leave half of the old directory in its place.
+            old = destination.rename(aside.with_suffix(".old"))
+            aside.rename(destination)
+            shutil.rmtree(old)
+        else:
+            aside.replace(destination)
     finally:
         if aside.is_dir():
             shutil.rmtree(aside)
@@ -63,8 +67,11 @@ def read_json(path: Path) -> Any:
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """Append one JSON object as a line; a torn last line is ignored by ``read_jsonl``."""
+    """Append one JSON object as a line; a last line that a kill cut short is removed first."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        if file.tell() and _last_byte(file) != b"\n":
+            write_text(path, "".join(json.dumps(whole) + "\n" for whole in read_jsonl(path)))
     with path.open("a") as file:
         file.write(json.dumps(row, allow_nan=False) + "\n")
 
@@ -72,10 +79,10 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read JSON lines; a last line cut short by a kill is dropped, any other bad line is an ``InputError``."""
     rows = []
-    lines = path.read_text().splitlines()
+    lines = path.read_text().split("\n")  # not splitlines, which also splits at separators inside a JSON string
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
+            rows += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise InputError(f"{path}, line {number} is not valid JSON: {error.msg}") from None
@@ -115,6 +122,11 @@ def require_space(directory: Path, need_bytes: int) -> None:
             f"writing {directory} needs {need_bytes / 1e6:,.1f} MB, the disk has {free_bytes / 1e6:,.1f} MB free; "
             "free some space or choose another directory"
         )
+
+
+def _last_byte(file: BinaryIO) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1)
 
 
 def _sync(path: Path) -> None:

@@ -117,7 +117,7 @@ class _Scorer:
         found, samples = evaluate(
             self._model, self._tokenizer, self._pool, self._problems, k=k, sampling=self._sampling, seed=TEST_SEED
         )
-        write_evaluation(self._arm.out / "evaluation", name, found, samples)
+        write_evaluation(self._arm.out, name, found, samples)
         average = found.summary()["avg"]
         return {"accuracy": average["value"], "ci_low": average["low"], "ci_high": average["high"]}
 

@@ -24,6 +24,7 @@ from rankleap.files import read_json
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
+_PARTS = (("full",), ("lora_A", "lora_B"), ("lora_A", "lora_B", "lora_magnitude_vector"))
 
 
 class AdapterCheckpoint:
@@ -42,9 +43,14 @@ class AdapterCheckpoint:
         with open_safetensors(self._path) as file:
             sizes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         for key in sizes:
-            module, part = _split_key(key)
-            self._keys.setdefault(module + ".weight", {})[part] = key
+            name, part = _split_key(key)
+            self._keys.setdefault(name, {})[part] = key
         for name, parts in self._keys.items():
+            if not any(set(parts) == {*needed} for needed in _PARTS):
+                raise CheckpointError(
+                    f"{self._path} holds {', '.join(sorted(parts))} of {name}; needed lora_A and lora_B, "
+                    "with lora_magnitude_vector for DoRA, or the whole tensor"
+                )
             if "full" in parts:
                 self.shapes[name] = sizes[parts["full"]]
             else:
@@ -92,10 +98,10 @@ def _dora(base_MN: Tensor, update: LowRank, magnitude_M: Tensor) -> Tensor:
 
 
 def _split_key(key: str) -> tuple[str, str]:
-    """Module name and part (``lora_A``, ``lora_B``, ``lora_magnitude_vector``, or ``full`` for ``modules_to_save``)."""
-    name = key.removeprefix(_PREFIX).removesuffix(".weight")
-    module, _, part = name.rpartition(".")
-    return (module, part) if part.startswith("lora_") else (name, "full")
+    """Base weight and part: ``lora_A``, ``lora_B``, ``lora_magnitude_vector``, or ``full`` (``modules_to_save``, biases)."""
+    name = key.removeprefix(_PREFIX)
+    module, found, part = name.partition(".lora_")
+    return (f"{module}.weight", f"lora_{part.removesuffix('.weight')}") if found else (name, "full")
 
 
 def _by_pattern(pattern: dict[str, float] | None, module: str, default: float) -> float:

@@ -55,8 +55,8 @@ def combine(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
 def inner(first: Delta, second: Delta) -> float:
     """Frobenius inner product; two products are never multiplied out (tr(R₁ᵀL₁ᵀL₂R₂) through an R × R core)."""
     if isinstance(first, LowRank) and isinstance(second, LowRank):
-        cores = (first.left_MR.T @ second.left_MR).double(), (first.right_RN @ second.right_RN.T).double()
-        return float((cores[0] * cores[1]).sum())
+        left_RR = first.left_MR.double().T @ second.left_MR.double()
+        return float((left_RR * (first.right_RN.double() @ second.right_RN.double().T)).sum())
     return float((dense(first).double() * dense(second).double()).sum())
 
 

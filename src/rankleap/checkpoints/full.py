@@ -19,6 +19,8 @@ from rankleap.files import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+"""Safetensors' names of the precisions that hold weights as they are."""
 
 
 class FullCheckpoint:
@@ -47,7 +49,12 @@ class FullCheckpoint:
             return file.get_tensor(name)
 
     def weight(self, name: str) -> Tensor:
-        """One tensor in float32."""
+        """One tensor in float32; raises ``CheckpointError`` for a quantised one, whose scale lies elsewhere."""
+        if self.dtypes[name] not in DTYPES:
+            raise CheckpointError(
+                f"{name} of {self.directory} is stored as {self.dtypes[name]}, needed one of {', '.join(DTYPES)}; "
+                "dequantise the checkpoint first"
+            )
         return self.tensor(name).float()
 
     def delta(self, name: str, base: "FullCheckpoint") -> Tensor:
@@ -105,11 +112,14 @@ def open_safetensors(path: Path) -> Any:
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    if (directory / INDEX).exists():
-        shards = read_json(directory / INDEX).get("weight_map", {}).values()
-        return [directory / shard for shard in sorted(set(shards))]
+    # The single file first, as Transformers does: saving one over shards leaves their index behind.
     if (directory / WEIGHTS).exists():
         return [directory / WEIGHTS]
+    if (directory / INDEX).exists():
+        shards = read_json(directory / INDEX).get("weight_map", {}).values()
+        if not shards:
+            raise CheckpointError(f"{directory / INDEX} lists no tensors; copy it again or leave this step out")
+        return [directory / shard for shard in sorted(set(shards))]
     found = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) if directory.is_dir() else "no such directory"
     raise CheckpointError(f"{directory} needs {WEIGHTS} or {INDEX}; found: {found or 'nothing'}")
 

@@ -4,7 +4,6 @@ A run is any directory that holds step directories (``checkpoint-20``, ``global_
 ``checkpoints/``. TRL's ``ref/`` sub-adapter, ``tmp_`` directories and half-written files are no checkpoints.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from rankleap.checkpoints.adapter import AdapterCheckpoint
 from rankleap.checkpoints.base import resolve_base
 from rankleap.checkpoints.full import FullCheckpoint
 from rankleap.errors import CheckpointError, InputError
+from rankleap.files import read_json
 
 Checkpoint = FullCheckpoint | AdapterCheckpoint
 
@@ -59,8 +59,9 @@ class Run:
     def base_name(self) -> str | None:
         """The base that the run itself names, if it does."""
         config = self.directory / "config.json"
-        if config.exists():
-            return json.loads(config.read_text()).get("model", {}).get("base")
+        model = read_json(config).get("model") if config.exists() else None
+        if isinstance(model, dict) and "base" in model:  # else it is a model's own config, left there by a trainer
+            return model["base"]
         last = self.checkpoints[self.steps[-1]]
         return last.base if isinstance(last, AdapterCheckpoint) else None
 
@@ -78,7 +79,7 @@ def open_run(directory: Path) -> Run:
     found: dict[int, Checkpoint] = {}
     layouts: dict[str, Layout] = {}
     skipped: dict[str, str] = {}
-    for path, step in sorted(_step_directories(parent), key=lambda item: item[1]):
+    for path, step in sorted(_step_directories(parent), key=lambda item: (item[1], item[0].name)):
         try:
             if step in found:
                 raise CheckpointError(f"step {step} is here twice, {found[step].directory.name} was taken")

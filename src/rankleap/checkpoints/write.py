@@ -20,12 +20,17 @@ from rankleap.errors import NotFiniteError
 from rankleap.files import write_json
 
 SHARD_BYTES = 1 << 30
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 _SIDE_FILES = ("*.json", "tokenizer*", "*.model", "*.jinja", "merges.txt", "vocab.txt")
 _NOT_SIDE_FILES = {full.INDEX, "trainer_state.json", "manifest.json"}
 
 
-def write_full(directory: Path, weights: Iterable[tuple[str, Tensor]], like: FullCheckpoint, side_files: Path) -> float:
+def write_full(
+    directory: Path,
+    weights: Iterable[tuple[str, Tensor]],
+    like: FullCheckpoint,
+    side_files: Path,
+    shard_bytes: int = SHARD_BYTES,
+) -> float:
     """Write float32 ``weights`` in the dtypes of ``like`` and copy its side files.
 
     Returns the rounding loss: ‖stored - exact‖ / ‖exact - like‖, which is 0 for float32 and can swallow a small leap in bf16.
@@ -37,10 +42,10 @@ def write_full(directory: Path, weights: Iterable[tuple[str, Tensor]], like: Ful
     for name, weight in weights:
         if not bool(torch.isfinite(weight).all()):
             raise NotFiniteError(f"{name} of the new checkpoint has NaN or infinity; nothing was written")
-        stored = weight.to(_DTYPES[like.dtypes[name]]).contiguous()
+        stored = weight.to(full.DTYPES[like.dtypes[name]]).contiguous()
         lost += float(torch.linalg.vector_norm(stored.float() - weight)) ** 2
         moved += float(torch.linalg.vector_norm(weight - like.weight(name))) ** 2
-        if pending and not like.file and sum(t.nbytes for t in pending.values()) + stored.nbytes > SHARD_BYTES:
+        if pending and not like.file and sum(t.nbytes for t in pending.values()) + stored.nbytes > shard_bytes:
             _write_shard(directory, len(shards), pending)
             pending, shards = {}, [*shards, []]
         pending[name] = stored

@@ -18,6 +18,9 @@ def demo(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     with extras("the demo"):
+        import altair  # noqa: F401 - before the training, not after it
+        import vl_convert  # noqa: F401
+
         from rankleap.arena.demo import demo_arms, run_demo
         from rankleap.report import headline, write_report
 

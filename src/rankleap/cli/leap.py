@@ -35,6 +35,9 @@ def leap(
         float, typer.Option(min=0.5, max=0.999, help="One-sided confidence that the gate asks for.")
     ] = 0.8,
     max_norm_ratio: Annotated[float, typer.Option(min=1.0, help="Largest ‖leap - base‖ / ‖last - base‖.")] = 4.0,
+    max_kl: Annotated[
+        float | None, typer.Option(min=0, help="Largest forward KL(base‖leap), nats a token; unset: not measured.")
+    ] = None,
     as_: Annotated[
         Literal["full", "adapter"], typer.Option("--as", help="Write all weights, or a LoRA adapter.")
     ] = "full",
@@ -56,7 +59,7 @@ def leap(
     sampling = Sampling(max_new_tokens=max_tokens or (recipe.train.max_completion_tokens if recipe else 512))
     trial = Trial(chosen_task, problems, samples, sampling, seed)
     candidates = Candidates(method or ["window"], window or [None], coefficient or [0.5, 1.0, 1.5])
-    decision = try_leaps(source, candidates, trial, GateSettings(confidence, max_norm_ratio))
+    decision = try_leaps(source, candidates, trial, GateSettings(confidence, max_norm_ratio, max_kl))
     written = None
     if decision.verdict.accepted:
         target = out or directory / "leaps" / decision.leap.forecast.method / decision.leap.directory_name()

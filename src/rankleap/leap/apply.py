@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rankleap.checkpoints import Delta, FullCheckpoint, LowRank, dense, inner
 from rankleap.checkpoints.write import write_adapter, write_full
-from rankleap.errors import InputError
+from rankleap.errors import InputError, NotFiniteError
 from rankleap.files import require_space, write_aside, write_manifest
 from rankleap.lowrank import factorise
 from rankleap.predictors import Forecast
@@ -92,15 +92,18 @@ def write_leap_adapter(
     kept, total = 0.0, 0.0
     for name, shape in leap.trajectory.shapes.items():
         delta = leap.delta(name)
-        total += inner(delta, delta)
-        if len(shape) == 2 and "embed" not in name and not name.startswith("lm_head"):
+        square = inner(delta, delta)
+        if not math.isfinite(square):
+            raise NotFiniteError(f"{name} of the new adapter has NaN or infinity; nothing was written")
+        total += square
+        if square > 0 and len(shape) == 2 and "embed" not in name and not name.startswith("lm_head"):
             factors = factorise(delta, min(rank, *shape))
             half = factors.sigma_R.sqrt()
             products[name] = LowRank(factors.left_MR * half, half[:, None] * factors.right_RN)
             kept += float(torch.sum(factors.sigma_R.double() ** 2))
     if not products:
         raise InputError(
-            "the trajectory has no matrix of a linear layer that an adapter could hold; write a full checkpoint"
+            "the leap moves no matrix of a linear layer that an adapter could hold; write a full checkpoint"
         )
     energy = kept / total if total else 1.0
     with write_aside(out) as aside:

@@ -50,10 +50,11 @@ def judge(
     mean = float(gain_P.mean())
     margin = NormalDist().inv_cdf(settings.confidence) * float(gain_P.std(ddof=1)) / len(gain_P) ** 0.5
     reasons: list[str] = []
-    if mean - margin <= 0:
+    if not mean - margin > 0:  # NaN is no gain
         reasons.append(f"gain {mean:+.3f} ± {margin:.3f} is not above zero")
     if not norm_ratio <= settings.max_norm_ratio:
         reasons.append(f"norm ratio {norm_ratio:.2f} is above {settings.max_norm_ratio:.2f}")
-    if settings.max_kl is not None and kl is not None and not kl <= settings.max_kl:
-        reasons.append(f"forward KL {kl:.3f} is above {settings.max_kl:.3f}")
+    if settings.max_kl is not None and (kl is None or not kl <= settings.max_kl):
+        found = "was not measured" if kl is None else f"is {kl:.3f}"
+        reasons.append(f"forward KL {found}, at most {settings.max_kl:.3f} is allowed")
     return GateVerdict(not reasons, Estimate(mean, mean - margin, mean + margin), norm_ratio, kl, tuple(reasons))

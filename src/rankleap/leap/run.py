@@ -19,6 +19,7 @@ from rankleap.evaluation import Sampling
 from rankleap.evaluation.evaluate import evaluate
 from rankleap.leap.apply import Leap, leap_weights, write_leap, write_leap_adapter
 from rankleap.leap.gate import GateSettings
+from rankleap.leap.reference import BaseReference
 from rankleap.leap.search import Candidates, Decision, search
 from rankleap.records import Problem
 from rankleap.tasks import get_task
@@ -79,7 +80,13 @@ def try_leaps(source: Source, candidates: Candidates, trial: Trial, gate: GateSe
                 0
             ].scores_PK
 
-        return search(source.trajectory, candidates, score, problems, gate)
+        def kl(leap: Leap, asked: Sequence[Problem]) -> float:
+            load_weights(model, leap_weights(leap, source.base))
+            return reference.kl(model, tokenizer, asked)
+
+        reference = BaseReference(source.base.directory, trial.sampling, trial.seed)
+        measured = None if gate.max_kl is None else kl
+        return search(source.trajectory, candidates, score, problems, gate, measured)
 
 
 def write_decision(decision: Decision, source: Source, out: Path, *, adapter_rank: int | None = None) -> Path:

@@ -94,7 +94,7 @@ def _certified(
     forward_MR, backward_NR = _apply(delta, right_RN.T), _apply(_transposed(delta), left_MR)
     misses = (forward_MR - left_MR * sigma_R, backward_NR - right_RN.T * sigma_R)
     residual_R = torch.maximum(*(torch.linalg.vector_norm(miss, dim=0) for miss in misses)) / sigma_R[0]
-    if float(residual_R.max()) > tolerance:
+    if not float(residual_R.max()) <= tolerance:  # NaN is no certificate either
         raise NotConvergedError(
             f"the SVD of a {tuple(delta.shape)} delta has a residual of {float(residual_R.max()):.1e}·σ₁, "
             f"needed {tolerance:.0e}; ask for fewer triplets"

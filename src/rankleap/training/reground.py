@@ -27,7 +27,17 @@ from rankleap.errors import RunError
 from rankleap.evaluation import Sampling
 from rankleap.evaluation.evaluate import evaluate
 from rankleap.files import append_jsonl, read_jsonl, write_aside, write_text
-from rankleap.leap import Candidates, Decision, GateSettings, Leap, leap_weights, load_weights, search, write_leap
+from rankleap.leap import (
+    BaseReference,
+    Candidates,
+    Decision,
+    GateSettings,
+    Leap,
+    leap_weights,
+    load_weights,
+    search,
+    write_leap,
+)
 from rankleap.records import Problem
 from rankleap.tasks import get_task
 from rankleap.tasks.grading import GraderPool
@@ -56,6 +66,9 @@ class Leaper(TrainerCallback):
         self._leap_settings()
         self._problems = get_task(self.recipe.task.name).problems("validation", self.recipe.task.validation_problems)
         self._base, self._file = self._open_base(kwargs["model"], state.global_step)
+        train, base = self.recipe.train, resolve_base(self.recipe.model.base)
+        self._sampling = Sampling(train.temperature, max_new_tokens=train.max_completion_tokens)
+        self._reference = BaseReference(base, self._sampling, self.recipe.seed)
         made = [row for row in self.decisions() if row["step"] <= state.global_step]
         write_text(self.out / "leaps" / DECISIONS, "")
         for row in made:
@@ -96,12 +109,13 @@ class Leaper(TrainerCallback):
 
     def _attempt(self, step: int, kwargs: dict[str, Any]) -> None:
         settings = self._leap_settings()
-        gate = GateSettings(settings.confidence, settings.max_norm_ratio)
+        gate = GateSettings(settings.confidence, settings.max_norm_ratio, settings.max_kl)
         candidates = Candidates(settings.methods, settings.windows, settings.coefficients)
         origin = FullCheckpoint(self.out / "checkpoints" / f"checkpoint-{step}", self._file)
         with _aside_of_training(kwargs["model"]):
             score = self._scorer(step, origin, kwargs)
-            decision = search(self._trajectory(step, origin), candidates, score, self._problems, gate)
+            kl = None if settings.max_kl is None else self._kl(kwargs)
+            decision = search(self._trajectory(step, origin), candidates, score, self._problems, gate, kl)
             directory = self._write(decision, origin)
             taken = settings.proceed_from == "leap" and directory is not None
             if directory is not None and taken:
@@ -123,8 +137,7 @@ class Leaper(TrainerCallback):
     def _scorer(
         self, step: int, origin: FullCheckpoint, kwargs: dict[str, Any]
     ) -> Callable[[Leap | None, Sequence[Problem]], NDArray[np.float64]]:
-        train, model, tokenizer = self.recipe.train, kwargs["model"], kwargs["processing_class"]
-        sampling = Sampling(temperature=train.temperature, max_new_tokens=train.max_completion_tokens)
+        model, tokenizer, sampling = kwargs["model"], kwargs["processing_class"], self._sampling
         seed = self.recipe.seed + GATE_SEED_OFFSET * step
         samples = self._leap_settings().samples
 
@@ -136,6 +149,13 @@ class Leaper(TrainerCallback):
             return evaluate(model, tokenizer, self.pool, problems, k=samples, sampling=sampling, seed=seed)[0].scores_PK
 
         return score
+
+    def _kl(self, kwargs: dict[str, Any]) -> Callable[[Leap, Sequence[Problem]], float]:
+        def kl(leap: Leap, problems: Sequence[Problem]) -> float:
+            _load(kwargs["model"], leap_weights(leap, self._base))
+            return self._reference.kl(kwargs["model"], kwargs["processing_class"], problems)
+
+        return kl
 
     def _write(self, decision: Decision, origin: FullCheckpoint) -> str | None:
         """Write an accepted leap; its directory relative to the run."""
@@ -194,6 +214,7 @@ def _row(decision: Decision, directory: str | None, taken: bool) -> dict[str, An
         "coefficient": decision.leap.coefficient,
         "gain": asdict(verdict.difference),
         "norm_ratio": verdict.norm_ratio,
+        "kl": verdict.kl,
         "reasons": list(verdict.reasons),
         "tried": list(decision.tried),
         "wall_s": round(decision.wall_s, 3),

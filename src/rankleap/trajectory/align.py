@@ -2,7 +2,8 @@
 
 The SVD fixes (u, v) only up to a joint sign, and σ₁ ≈ σ₂ lets triplets swap places. Walking back from the last step (the
 reference), each triplet takes the partner with the largest |overlap| = |⟨u_t, u_{t+1}⟩·⟨v_t, v_{t+1}⟩| and the sign that
-makes ⟨u_t, u_{t+1}⟩ positive. Where |cos| of the pair stays below 0.5 the identity is a guess, and is flagged.
+makes ⟨u_t, u_{t+1}⟩ and ⟨v_t, v_{t+1}⟩ positive. cos = √overlap, 0 where one of the two turned round alone: no joint sign mends
+that. Where cos stays below 0.5 the identity is a guess, and is flagged.
 Published code flips u alone or not at all (papers: 2510.00553, 2604.11446); a sign flipped midway reverses a forecast.
 
 Shapes: T steps, M rows, R triplets, N columns.
@@ -42,8 +43,9 @@ def align(triplets: Sequence[tuple[Tensor, Tensor, Tensor]]) -> AlignedFactors:
         cos_left_RR, cos_right_RR = next_left_MR.T @ left, next_right_RN @ right.T
         _, partner = linear_sum_assignment(-(cos_left_RR * cos_right_RR).abs().numpy())
         order = torch.from_numpy(partner)
-        cos_R = (cos_left_RR + cos_right_RR).gather(1, order[:, None])[:, 0] / 2
-        sign_R = torch.where(cos_R < 0, -1.0, 1.0)
-        aligned.append((left[:, order] * sign_R, sigma[order], right[order] * sign_R[:, None], cos_R.abs()))
+        cos_left_R, cos_right_R = (cos_RR.gather(1, order[:, None])[:, 0] for cos_RR in (cos_left_RR, cos_right_RR))
+        sign_R = torch.where(cos_left_R + cos_right_R < 0, -1.0, 1.0)
+        cos_R = (cos_left_R * cos_right_R).clamp_min(0).sqrt()
+        aligned.append((left[:, order] * sign_R, sigma[order], right[order] * sign_R[:, None], cos_R))
     columns = zip(*reversed(aligned), strict=True)
     return AlignedFactors(*(torch.stack(column) for column in columns))

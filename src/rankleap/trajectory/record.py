@@ -29,7 +29,7 @@ class Recording:
     shapes: Mapping[str, tuple[int, ...]]
 
     def steps(self) -> list[int]:
-        """Steps already recorded; raises ``TrajectoryError`` if they were recorded with another base or rank."""
+        """Steps already recorded; raises ``TrajectoryError`` if they were recorded with another base, rank or tensors."""
         if not (self.directory / INDEX).exists():
             return []
         index = read_json(self.directory / INDEX)
@@ -39,6 +39,11 @@ class Recording:
                     f"{self.directory} was recorded with {key} {index[key]}, now it is {mine}; "
                     "delete it or write to another directory"
                 )
+        if {name: tuple(shape) for name, shape in index["shapes"].items()} != dict(self.shapes):
+            raise TrajectoryError(
+                f"{self.directory} was recorded with other tensors ({len(index['shapes'])}, now {len(self.shapes)}); "
+                "delete it or write to another directory"
+            )
         return index["steps"]
 
     def add(self, step: int, deltas: Iterable[tuple[str, Delta]]) -> None:

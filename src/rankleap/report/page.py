@@ -1,0 +1,129 @@
+"""One HTML page that needs nothing else: Vega's JavaScript stands in it once, every chart's definition beside it.
+
+The content security policy lets the browser load nothing from anywhere. All text from files is escaped.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from html import escape
+from string import Template
+
+import altair as alt
+import vl_convert
+
+from rankleap.report.figures import THEMES, Figure
+from rankleap.report.sections import Section
+
+_PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src file:">
+<title>$title</title>
+<style>$style</style>
+</head>
+<body>
+<main>
+<h1>Report: $title</h1>
+$body
+</main>
+<script type="application/json" id="charts">$charts</script>
+<script type="module">$script</script>
+</body>
+</html>
+""")
+
+_STYLE = """
+:root { --paper: #ffffff; --ink: #24292f; --soft: #57606a; --line: #d9dde2; --link: #0062a3; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #15181c; --ink: #dfe3e8; --soft: #9aa4ae; --line: #3a4048; --link: #6cb8f0; }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
+main { max-width: 72rem; margin: 0 auto; padding: 1rem 1.25rem 4rem; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 1rem 0 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.25rem; margin: 2.75rem 0 .5rem; overflow-wrap: anywhere; }
+p { max-width: 46rem; margin: .6rem 0; overflow-wrap: anywhere; }
+a { color: var(--link); }
+figure { margin: 1.5rem 0; }
+figcaption, .files { color: var(--soft); font-size: .875rem; max-width: 46rem; }
+.files { margin: .25rem 0 0; }
+.files a { margin-right: .75rem; }
+.panels { display: grid; gap: 1.25rem 2rem; }
+.of-2 { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
+.of-3 { grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
+.chart { width: 100%; min-width: 0; }
+.scroll { overflow-x: auto; margin-top: 1.5rem; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; max-width: calc(100vw - 2.5rem); font-weight: 600; padding-bottom: .4rem; }
+th, td { text-align: left; vertical-align: top; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--line); }
+thead th { color: var(--soft); font-weight: 500; vertical-align: bottom; }
+tbody th { font-weight: 500; }
+@media (min-width: 50rem) { tbody th { white-space: nowrap; } }
+td { white-space: nowrap; }
+td:last-child:not(.number) { white-space: normal; min-width: 16rem; }
+.number { text-align: right; }
+details { margin-top: 1.5rem; }
+summary { cursor: pointer; font-weight: 600; font-size: .9rem; }
+"""
+
+_SCRIPT = """
+const charts = JSON.parse(document.getElementById("charts").textContent);
+const dark = matchMedia("(prefers-color-scheme: dark)");
+let drawn = [];
+async function draw() {
+  drawn.splice(0).forEach(chart => chart.finalize());
+  const theme = dark.matches ? "dark" : "light";
+  const options = {actions: false, renderer: "svg", config: charts.themes[theme], tooltip: {theme: theme}};
+  for (const [id, spec] of Object.entries(charts.specs)) {
+    drawn.push(await vegaEmbed(document.getElementById(id), spec, options));
+  }
+}
+dark.addEventListener("change", draw);
+draw();
+"""
+
+
+def render(title: str, sections: Sequence[Section]) -> str:
+    """Return the page; figures and tables are linked as files beside it."""
+    figures = [figure for section in sections for figure in section.figures]
+    specs = {f"{figure.name}-{number}": spec for figure in figures for number, spec in enumerate(figure.specs())}
+    return _PAGE.substitute(
+        title=escape(title),
+        style=_STYLE,
+        body="\n".join(_section(section) for section in sections),
+        charts=json.dumps({"themes": THEMES, "specs": specs}, allow_nan=False).replace("<", "\\u003c"),
+        script=_script(),
+    )
+
+
+@cache
+def _script() -> str:
+    """Bundle the page's own lines with Vega, Vega-Lite (as the definitions ask, such as v6.4.1) and Vega-Embed."""
+    major, minor, *_ = alt.SCHEMA_VERSION.removeprefix("v").split(".")
+    bundle = vl_convert.javascript_bundle(_SCRIPT, vl_version=f"{major}.{minor}")
+    return bundle.replace("</script", "<\\/script")
+
+
+def _section(section: Section) -> str:
+    paragraphs = [f"<p>{_text(paragraph)}</p>" for paragraph in section.paragraphs]
+    figures = [_figure(figure) for figure in section.figures]
+    tables = [table.html() for table in section.tables]
+    return "\n".join(["<section>", f"<h2>{escape(section.heading)}</h2>", *paragraphs, *figures, *tables, "</section>"])
+
+
+def _figure(figure: Figure) -> str:
+    boxes = "".join(f'<div class="chart" id="{figure.name}-{number}"></div>' for number in range(len(figure.panels)))
+    picture = f'<noscript><img src="figures/{figure.name}.svg" alt="{escape(figure.caption)}"></noscript>'
+    links = " ".join(f'<a href="figures/{figure.name}.{kind}">{kind.upper()}</a>' for kind in ("svg", "png"))
+    caption = f'<figcaption>{_text(figure.caption)}<p class="files">{links}</p></figcaption>'
+    return f'<figure><div class="panels of-{figure.columns}">{boxes}</div>{picture}{caption}</figure>'
+
+
+def _text(plain: str) -> str:
+    """Escaped, with a percent sign kept on the line of its number."""
+    return escape(plain).replace(" %", "&nbsp;%")
