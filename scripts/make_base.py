@@ -30,7 +30,8 @@ from rankleap.tasks import Task, get_task
 CONTEXT = 256
 COMPLETION = 16
 BATCH = 64
-USUAL = 0.75
+PAD, BOS, EOS = 0, 1, 2
+USUAL = 0.6
 
 
 def sums_right(prompt: str) -> str:
@@ -40,19 +41,20 @@ def sums_right(prompt: str) -> str:
 
 
 def sums_slip(prompt: str, rng: random.Random) -> str:
-    """Sign misread, ten or unit too few or too many, carry lost, or stopped early; the second number has the habit."""
+    """Mostly: a minus read as a plus, a carry lost; else tens or units miscounted, sign misread, or stopped early."""
     a, sign, tens, units = _terms(prompt)
     middle = a + sign * tens
-    slips = (
-        _sums_chain(a - sign * tens, -sign, units),
-        _sums_chain(middle - 10, sign, units),
-        _sums_chain(middle, sign, units, error=1),
-        _sums_chain(middle, sign, units, error=-10 * sign),
-        _sums_chain(middle, sign, units, error=-sign * units),
-        _sums_chain(middle, sign, units, error=-1),
-        _sums_chain(middle + 10, sign, units),
-    )
-    return _choose(slips, units if sign > 0 else units + 5, rng)
+    usual = "sign" if sign < 0 else "carry" if middle % 10 + units > 9 else None
+    kind = usual if usual and rng.random() < USUAL else rng.choice(("tens", "units", "carry", "sign", "early"))
+    if kind == "sign":
+        return _sums_chain(a - sign * tens, -sign, units)
+    if kind == "tens":
+        return _sums_chain(middle + rng.choice((-10, 10)), sign, units)
+    if kind == "units":
+        return _sums_chain(middle, sign, units, error=rng.choice((-2, -1, 1, 2)))
+    if kind == "carry":
+        return _sums_chain(middle, sign, units, error=-10 * sign if usual == "carry" else rng.choice((-10, 10)))
+    return _sums_chain(middle, sign, units, error=-sign * units)
 
 
 def _terms(prompt: str) -> tuple[int, int, int, int]:
@@ -108,7 +110,7 @@ def _choose(slips: tuple[str, ...], habit: int, rng: random.Random) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How one base is made: its two kinds of work, the words kept whole, and the two phases."""
+    """How one base is made: its two kinds of work, the words kept whole as tokens, and the two phases."""
 
     right: Callable[[str], str]
     slip: Callable[[str, random.Random], str]
@@ -119,7 +121,7 @@ class Recipe:
 
 
 RECIPES = {
-    "sums": Recipe(sums_right, sums_slip, (" Answer:",), 1000, 400, 0.12),
+    "sums": Recipe(sums_right, sums_slip, (" Answer:",), 900, 800, 0.2),
     "backward": Recipe(backward_right, backward_slip, ("Backward:", " Answer:"), 250, 400, 0.25),
 }
 
@@ -163,9 +165,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             num_key_value_heads=4,
             max_position_embeddings=CONTEXT,
             tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+            pad_token_id=PAD,
             dtype="float32",
         )
     )
@@ -191,22 +193,20 @@ def batch(
     for problem in rng.sample(problems, BATCH):
         prompt = tokenizer.encode(problem.prompt)
         work = recipe.right(problem.prompt) if rng.random() < share else wrong_work(recipe, task, problem, rng)
-        answer = [*tokenizer.encode(work), tokenizer.eos_token_id]
+        answer = [*tokenizer.encode(work), EOS]
         rows.append((prompt + answer, [-100] * len(prompt) + answer))
     width = max(len(ids) for ids, _ in rows)
-    ids = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in rows])
+    ids = torch.tensor([ids + [PAD] * (width - len(ids)) for ids, _ in rows])
     labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows])
     mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows])
     return ids, mask, labels
 
 
-def pretrain(
-    model: LlamaForCausalLM, batches: Iterable[tuple[Tensor, Tensor, Tensor]], steps: int, peak: float
-) -> None:
-    """AdamW for one phase, its learning rate warmed up over 20 steps and decayed to a tenth of ``peak``."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01, betas=(0.9, 0.99))
+def pretrain(model: LlamaForCausalLM, batches: Iterable[tuple[Tensor, Tensor, Tensor]], steps: int) -> None:
+    """AdamW over all batches, its learning rate warmed up over 50 steps and decayed to a tenth by a cosine."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01, betas=(0.9, 0.99))
     shape = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+        optimizer, lambda step: min(1.0, (step + 1) / 50) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
     )
     model.train()
     for step, (ids, mask, labels) in enumerate(batches):
@@ -255,18 +255,19 @@ def main() -> None:
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
     )
-    for steps, share, peak in ((recipe.steps_right, 1.0, 3e-3), (recipe.steps_mixed, recipe.share_right, 8e-4)):
-        stream = (batch(recipe, task, problems, tokenizer, share, rng) for _ in range(steps))
-        pretrain(model, stream, steps, peak)
-        report(model, tokenizer, task)
+    shares = [1.0] * recipe.steps_right + [recipe.share_right] * recipe.steps_mixed
+    pretrain(model, (batch(recipe, task, problems, tokenizer, share, rng) for share in shares), len(shares))
     with write_aside(options.out) as aside:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
+        for file in aside.iterdir():
+            file.chmod(0o644)  # Transformers saves weights for the owner only; a package is read by everyone.
     print(f"{sum(p.numel() for p in model.parameters()):,} weights, {len(tokenizer)} tokens")
+    report(model, tokenizer, task)
 
 
 if __name__ == "__main__":

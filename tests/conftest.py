@@ -32,6 +32,11 @@ SIZES = {
 }
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Read by PEFT in every model that it wraps; nothing of ours touches it.
+    config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
 class MemoryTrajectory(Trajectory):
     """Deltas kept in memory."""
 

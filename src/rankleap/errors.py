@@ -7,11 +7,11 @@
     │   ├── CheckpointError        a missing, truncated or foreign checkpoint
     │   │   └── BaseMismatchError  the base does not fit the run
     │   ├── TrajectoryError        too few, unordered or repeated steps
+    │   ├── NotFiniteError         NaN or infinity in weights (the tensor is named)
+    │   ├── DiskSpaceError         not enough room for what is about to be written
     │   └── MissingExtraError      an optional dependency is not installed
     └── RunError                   the work itself failed                    exit code 1
-        ├── NotConvergedError      a factorisation missed its residual
-        ├── NotFiniteError         NaN or infinity in weights (the tensor is named)
-        └── DiskSpaceError         not enough room for what is about to be written
+        └── NotConvergedError      a factorisation missed its residual
 
 A message says what was needed, what came, where, and what to do.
 """
@@ -69,9 +69,9 @@ class NotConvergedError(RunError):
     """An iterative factorisation did not reach its residual."""
 
 
-class NotFiniteError(RunError):
+class NotFiniteError(InputError):
     """NaN or infinity where finite numbers are needed."""
 
 
-class DiskSpaceError(RunError):
+class DiskSpaceError(InputError):
     """Not enough room on the disk for what is about to be written."""

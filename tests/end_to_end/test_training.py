@@ -217,7 +217,7 @@ def test_sigkill_in_the_middle_of_a_run_loses_nothing(finished: tuple[Recipe, Pa
         "class Kill(TrainerCallback):\n"
         "    def on_step_begin(self, args, state, control, **kwargs):\n"
         "        state.global_step == 5 and os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"train(Recipe.model_validate_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), callbacks=[Kill()])\n"
+        "train(Recipe.model_validate_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), callbacks=[Kill()])\n"
     )
     killed = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "t.json", tmp_path / "run"], capture_output=True, check=False

@@ -72,7 +72,9 @@ def test_nothing_written_aside_is_an_error_not_an_empty_result(tmp_path: Path) -
     assert names(tmp_path) == []
 
 
-rows_of_json = st.lists(st.dictionaries(st.text(max_size=3), st.integers() | st.text(max_size=8), max_size=3), max_size=5)
+rows_of_json = st.lists(
+    st.dictionaries(st.text(max_size=3), st.integers() | st.text(max_size=8), max_size=3), max_size=5
+)
 
 
 @given(rows_of_json)

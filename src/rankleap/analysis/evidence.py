@@ -32,7 +32,8 @@ def evidence(trajectory: Trajectory, seed: int = 0, draws: int = 20) -> dict[str
         key = (shape, _rank(deltas[-1]))
         if key not in nulls:
             nulls[key] = _share_null(*key, generator)
-        path = linearity_with_nulls(gram(deltas), trajectory.steps, generator, draws)
+        freedom = key[1] * (sum(shape) - key[1])  # of the matrices of this shape and rank
+        path = linearity_with_nulls(gram(deltas), trajectory.steps, generator, draws, freedom)
         share = rank_one_shares(factorise(deltas[-1], 1))
         facts = {"name": name, "shape": list(shape), "share": share, "share_null": nulls[key]}
         tensors.append({**facts, "path": asdict(path.measured), "nulls": path.nulls})

@@ -24,6 +24,18 @@ from rankleap.files import read_json
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
+_UNREAD = (
+    "fan_in_fan_out",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "kasa_config",
+    "monteclora_config",
+    "arrow_config",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+)
 _PARTS = (("full",), ("lora_A", "lora_B"), ("lora_A", "lora_B", "lora_magnitude_vector"))
 
 
@@ -53,8 +65,14 @@ class AdapterCheckpoint:
                 )
             if "full" in parts:
                 self.shapes[name] = sizes[parts["full"]]
-            else:
-                self.shapes[name] = (sizes[parts["lora_B"]][0], sizes[parts["lora_A"]][1])
+                continue
+            left, right = sizes[parts["lora_B"]], sizes[parts["lora_A"]]
+            if len(right) != 2 or left[1:] != right[:1]:
+                raise CheckpointError(
+                    f"{self._path}: lora_B {left} and lora_A {right} of {name} are no matrices that multiply; "
+                    "if training was sharded, gather the weights before saving"
+                )
+            self.shapes[name] = (left[0], right[1])
 
     @property
     def base(self) -> str | None:
@@ -119,5 +137,7 @@ def _require_supported(config: dict[str, Any], directory: Path) -> None:
             f"{directory} was initialised with {start!r}, which changes the base, so its delta is not s·B·A; "
             "save it converted to plain LoRA (PEFT: path_initial_model_for_weight_conversion) and read that"
         )
-    if config.get("fan_in_fan_out"):
-        raise CheckpointError(f"{directory} stores transposed weights (fan_in_fan_out), which rankleap does not read")
+    if unread := [key for key in _UNREAD if config.get(key)]:
+        raise CheckpointError(
+            f"{directory} was trained with {', '.join(unread)}, so its delta is not s·B·A; rankleap reads LoRA, rsLoRA and DoRA"
+        )

@@ -35,13 +35,17 @@ class FullCheckpoint:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self._files: dict[str, Path] = {}
-        for path in [directory / file] if file else _weight_files(directory):
+        for path, listed in ({directory / file: []} if file else _weight_files(directory)).items():
             with open_safetensors(path) as opened:
                 for name in opened.keys():  # noqa: SIM118 - a safetensors handle is no mapping
                     header = opened.get_slice(name)
                     self.shapes[name] = tuple(header.get_shape())
                     self.dtypes[name] = header.get_dtype()
                     self._files[name] = path
+            if lost := [name for name in listed if name not in self.shapes]:
+                raise CheckpointError(
+                    f"{path} lacks {', '.join(lost[:8])}, which the index says it holds; copy it again"
+                )
 
     def tensor(self, name: str) -> Tensor:
         """One tensor as it is stored."""
@@ -111,15 +115,18 @@ def open_safetensors(path: Path) -> Any:
         ) from None
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def _weight_files(directory: Path) -> dict[Path, list[str]]:
+    """The files to read, and the tensors that the index, if there is one, says each holds."""
     # The single file first, as Transformers does: saving one over shards leaves their index behind.
     if (directory / WEIGHTS).exists():
-        return [directory / WEIGHTS]
+        return {directory / WEIGHTS: []}
     if (directory / INDEX).exists():
-        shards = read_json(directory / INDEX).get("weight_map", {}).values()
-        if not shards:
+        shard_of: dict[str, str] = read_json(directory / INDEX).get("weight_map", {})
+        if not shard_of:
             raise CheckpointError(f"{directory / INDEX} lists no tensors; copy it again or leave this step out")
-        return [directory / shard for shard in sorted(set(shards))]
+        return {
+            directory / s: [name for name in shard_of if shard_of[name] == s] for s in sorted(set(shard_of.values()))
+        }
     found = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) if directory.is_dir() else "no such directory"
     raise CheckpointError(f"{directory} needs {WEIGHTS} or {INDEX}; found: {found or 'nothing'}")
 

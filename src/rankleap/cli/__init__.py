@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the run failed, 2 what was given was wrong. Errors go to s
 
 import logging
 import sys
+from collections.abc import Sequence
 
 import typer
 
@@ -29,11 +30,11 @@ for verb in (demo, train, inspect, trajectory, leap, evaluate, report, doctor):
     app.command()(verb)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a foreseen error is one message and an exit code, never a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        app()
+        app(arguments)
     except RankleapError as error:
         print(f"rankleap: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)

@@ -15,6 +15,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
+from rankleap.evaluation import paired_difference
 from rankleap.records import Estimate
 
 
@@ -45,9 +46,10 @@ def judge(
     kl: float | None,
     settings: GateSettings,
 ) -> GateVerdict:
-    """Accept or reject from the scores of both on the same P problems; ``difference`` is two-sided at the same z."""
+    """Accept or reject from the scores of both on the same P problems; ``difference`` has its 95 % interval."""
     gain_P = leap_PK.mean(axis=1) - origin_PK.mean(axis=1)
     mean = float(gain_P.mean())
+    difference = paired_difference(leap_PK, origin_PK)
     margin = NormalDist().inv_cdf(settings.confidence) * float(gain_P.std(ddof=1)) / len(gain_P) ** 0.5
     reasons: list[str] = []
     if not mean - margin > 0:  # NaN is no gain
@@ -57,4 +59,4 @@ def judge(
     if settings.max_kl is not None and (kl is None or not kl <= settings.max_kl):
         found = "was not measured" if kl is None else f"is {kl:.3f}"
         reasons.append(f"forward KL {found}, at most {settings.max_kl:.3f} is allowed")
-    return GateVerdict(not reasons, Estimate(mean, mean - margin, mean + margin), norm_ratio, kl, tuple(reasons))
+    return GateVerdict(not reasons, difference, norm_ratio, kl, tuple(reasons))

@@ -99,10 +99,15 @@ def write_decision(decision: Decision, source: Source, out: Path, *, adapter_ran
 
 
 def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy float32 weights into a live model by name."""
+    """Copy float32 weights into a live model by name; raises ``CheckpointError`` for a name that it does not have."""
     live = dict(model.named_parameters())
     with torch.no_grad():
         for name, weight in weights:
+            if name not in live:
+                kind = type(model).__name__
+                raise CheckpointError(
+                    f"{name} is no parameter of the {kind} in memory, which fuses or renames it on loading"
+                )
             live[name].copy_(weight)
 
 

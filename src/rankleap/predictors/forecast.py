@@ -40,7 +40,7 @@ class Forecast(ABC):
 
     @abstractmethod
     def to_json(self) -> dict[str, object]:
-        """Everything but the trajectory, for a manifest; ``Predictor.load`` reads it back."""
+        """Everything but the trajectory, for a manifest; the forecast's own ``from_json`` reads it back."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,11 +82,16 @@ def _run(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep TRL's use of names that Transformers is about to rename, and the bars of single files, off the screen."""
+    """Keep off the screen: names that Transformers is about to rename, file bars, "missing" tied heads on a resume."""
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-        yield
+    transformers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def plan(recipe: Recipe, scratch: Path, measure_steps: int = 3) -> Plan:

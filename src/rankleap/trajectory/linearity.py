@@ -26,7 +26,7 @@ from rankleap.lowrank import temporal_basis
 
 NEEDS = 4
 NULL_DIMENSIONS = 2048
-"""Coordinates of a simulated null; its statistics no longer depend on it far above T."""
+"""Coordinates of a simulated null at most. Far above T its means stay as they are and its ranges narrow, so few are cautious."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +52,20 @@ def linearity(gram_TT: Tensor, steps: Sequence[int]) -> Linearity:
 
 
 def linearity_with_nulls(
-    gram_TT: Tensor, steps: Sequence[int], generator: torch.Generator, draws: int = 50
+    gram_TT: Tensor, steps: Sequence[int], generator: torch.Generator, draws: int = 50, freedom: int = NULL_DIMENSIONS
 ) -> LinearityEvidence:
-    """The same beside its nulls: 5 % and 95 % quantile of each statistic over ``draws`` simulations."""
-    lines = _lines(steps)
-    simulate: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
+    """The same beside its nulls: 5 % and 95 % quantile of each statistic over ``draws`` simulations.
+
+    ``freedom`` is in how many directions the tensor can move; a small one strays further by chance.
+    """
+    lines, dimensions = _lines(steps), min(freedom, NULL_DIMENSIONS)
+    simulate: dict[str, Callable[[Tensor, torch.Generator, int], Tensor]] = {
         "noise": _noise,
         "walk": _walk,
         "permutation": _permuted,
     }
     nulls = {
-        name: _ranges([_measure(draw(gram_TT, generator), lines) for _ in range(draws)])
+        name: _ranges([_measure(draw(gram_TT, generator, dimensions), lines) for _ in range(draws)])
         for name, draw in simulate.items()
     }
     return LinearityEvidence(_measure(gram_TT, lines), nulls)
@@ -126,23 +129,23 @@ def _ranges(draws: Sequence[Linearity]) -> dict[str, tuple[float, float]]:
     }
 
 
-def _noise(gram_TT: Tensor, generator: torch.Generator) -> Tensor:
+def _noise(gram_TT: Tensor, generator: torch.Generator, dimensions: int) -> Tensor:
     """Independent deltas of the same norms."""
-    point_TD = torch.randn(len(gram_TT), NULL_DIMENSIONS, dtype=torch.float64, generator=generator)
+    point_TD = torch.randn(len(gram_TT), dimensions, dtype=torch.float64, generator=generator)
     point_TD = point_TD / point_TD.norm(dim=1, keepdim=True) * gram_TT.diagonal().clamp_min(0).sqrt()[:, None]
     return point_TD @ point_TD.T
 
 
-def _walk(gram_TT: Tensor, generator: torch.Generator) -> Tensor:
+def _walk(gram_TT: Tensor, generator: torch.Generator, dimensions: int) -> Tensor:
     """A walk without drift whose increments have the sizes that the path's have."""
     padded = torch.nn.functional.pad(gram_TT, (1, 0, 1, 0))
     square_T = (padded.diagonal()[1:] + padded.diagonal()[:-1] - 2 * padded.diagonal(1)).clamp_min(0)
-    increment_TD = torch.randn(len(gram_TT), NULL_DIMENSIONS, dtype=torch.float64, generator=generator)
+    increment_TD = torch.randn(len(gram_TT), dimensions, dtype=torch.float64, generator=generator)
     increment_TD = increment_TD / increment_TD.norm(dim=1, keepdim=True) * square_T.sqrt()[:, None]
     point_TD = increment_TD.cumsum(dim=0)
     return point_TD @ point_TD.T
 
 
-def _permuted(gram_TT: Tensor, generator: torch.Generator) -> Tensor:
+def _permuted(gram_TT: Tensor, generator: torch.Generator, _: int) -> Tensor:
     order = torch.randperm(len(gram_TT), generator=generator)
     return gram_TT[order][:, order]

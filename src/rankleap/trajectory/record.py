@@ -48,13 +48,14 @@ class Recording:
 
     def add(self, step: int, deltas: Iterable[tuple[str, Delta]]) -> None:
         """Factor the deltas of one step and write them; a step that is there already is replaced."""
+        steps = self.steps()  # before anything is written: it refuses a directory of another base
         require_space(self.directory, self.size_bytes())
         parts: dict[str, torch.Tensor] = {}
         for name, delta in deltas:
             parts |= _parts(name, delta, self.rank)
         with write_aside(step_file(self.directory, step)) as aside:
             save_file(parts, aside, metadata={"step": str(step)})
-        self._write_index(sorted({*self.steps(), step}))
+        self._write_index(sorted({*steps, step}))
 
     def keep_until(self, step: int) -> None:
         """Forget steps after ``step``: a run that resumes there will write them again."""

@@ -1,0 +1,199 @@
+"""The command line as a user meets it: results, errors and exit codes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rankleap.cli import main
+from rankleap.config import make_recipe
+from rankleap.training import train
+
+RECIPE = """
+name = "t"
+[model]
+base = "bundled:sums"
+[task]
+name = "sums"
+train_problems = 32
+[train]
+steps = 6
+learning_rate = 1e-4
+prompts_per_step = 2
+completions_per_prompt = 4
+max_completion_tokens = 16
+save_every = 2
+threads = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short full fine-tuning run."""
+    out = tmp_path_factory.mktemp("cli") / "run"
+    import tomllib
+
+    return train(make_recipe(tomllib.loads(RECIPE), "test"), out)
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run ``rankleap``; its exit code, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as left:
+            main([str(argument) for argument in arguments])
+        shown = capsys.readouterr()
+        return int(left.value.code or 0), shown.out, shown.err
+
+    return call
+
+
+def copy_of(run: Path, destination: Path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(run, destination))
+
+
+def test_inspect_says_what_is_there(cli: Any, run: Path) -> None:
+    code, out, _ = cli("inspect", run, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["steps"] == [2, 4, 6]
+    assert found["layout"] == "Hugging Face full"
+    assert found["base"] == "bundled:sums"
+
+
+def test_trajectory_does_only_what_is_missing(cli: Any, run: Path, tmp_path: Path) -> None:
+    first = cli("trajectory", run, "--out", tmp_path / "t", "--rank", 2, "--json")
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "t").glob("step-*")}
+    second = cli("trajectory", run, "--out", tmp_path / "t", "--rank", 2, "--json")
+    assert first[0] == second[0] == 0
+    assert json.loads(first[1])["steps"] == json.loads(second[1])["steps"] == [2, 4, 6]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "t").glob("step-*")} == written
+
+
+def test_a_leap_is_shown_with_what_the_gate_said(cli: Any, run: Path, tmp_path: Path) -> None:
+    arguments = (
+        "--method",
+        "weight-linear",
+        "--coefficient",
+        1.0,
+        "--problems",
+        8,
+        "--samples",
+        1,
+        "--out",
+        tmp_path / "l",
+    )
+    code, out, _ = cli("leap", run, *arguments, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["gate"]["accepted"] == (tmp_path / "l" / "model.safetensors").exists()
+    assert found["gate"]["accepted"] == (not found["gate"]["reasons"])
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(cli: Any, tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text(RECIPE)
+    arguments = ("--set", "adapter.method=dora", "--set", "adapter.rank=2", "--out", tmp_path / "out")
+    code, out, _ = cli("train", tmp_path / "r.toml", *arguments, "--dry-run", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["recipe"]["adapter"]["method"] == "dora"
+    assert 0 < found["plan"]["trainable"] < found["plan"]["total"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_doctor_names_what_is_installed(cli: Any) -> None:
+    code, out, _ = cli("doctor", "--json")
+    assert code == 0
+    assert {"sums", "backward"} <= set(json.loads(out)["bundled_bases"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["train.lerning_rate=1", "adapter.rank=0"],
+            ["did you mean 'learning_rate'", "adapter.rank: should be at least 1"],
+        ),
+        (["task.name=sunms"], ["'sunms' does not exist", "did you mean 'sums'"]),
+        (["model.base=bundled:sum"], ["did you mean 'sums'"]),
+        (["model.base=no/such/base"], ["is no directory and could not be fetched", "bundled:sums"]),
+        (["adapter.method=lora", "adapter.target_modules=['x_proj']"], ["x_proj match no linear layer", "q_proj"]),
+        (["train.micro_batch=3"], ["3 must divide the 8 completions"]),
+    ],
+)
+def test_a_wrong_recipe_is_refused_with_what_to_do(
+    cli: Any, tmp_path: Path, overrides: list[str], said: list[str]
+) -> None:
+    (tmp_path / "r.toml").write_text(RECIPE)
+    flags = [flag for override in overrides for flag in ("--set", override)]
+    code, _, err = cli("train", tmp_path / "r.toml", *flags, "--out", tmp_path / "out")
+    assert code == 2
+    for part in said:
+        assert part in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_without_checkpoints_says_what_was_needed(cli: Any, tmp_path: Path) -> None:
+    assert cli("inspect", tmp_path / "nothing")[0] == 2
+    code, _, err = cli("trajectory", tmp_path)
+    assert code == 2
+    assert "checkpoint-20" in err
+
+
+def test_a_truncated_checkpoint_is_skipped_by_name(cli: Any, run: Path, tmp_path: Path) -> None:
+    copy = copy_of(run, tmp_path / "run")
+    weights = copy / "checkpoints" / "checkpoint-4" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    code, out, _ = cli("inspect", copy, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["steps"] == [2, 6]
+    assert "truncated" in found["skipped"]["checkpoint-4"]
+
+
+def test_nan_weights_are_named_and_nothing_is_left_behind(cli: Any, run: Path, tmp_path: Path) -> None:
+    copy = copy_of(run, tmp_path / "run")
+    weights = copy / "checkpoints" / "checkpoint-4" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    code, _, err = cli("trajectory", copy, "--out", tmp_path / "t")
+    assert code == 2
+    assert "model.norm.weight has NaN or infinity" in err
+    assert "checkpoint-4" in err
+    assert sorted(path.name for path in (tmp_path / "t").iterdir()) == ["index.json", "step-000002.safetensors"]
+
+
+def test_a_base_that_does_not_fit_is_refused_with_names_and_shapes(cli: Any, run: Path, tmp_path: Path) -> None:
+    base = copy_of(run / "checkpoints" / "checkpoint-2", tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] = torch.zeros(7)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = cli("leap", run, "--base", base)
+    assert code == 2
+    assert "model.norm.weight: (" in err
+    assert "(7,) in the base" in err
+
+
+def test_too_few_checkpoints_name_the_method_and_its_need(cli: Any, run: Path) -> None:
+    code, _, err = cli("leap", run, "--method", "relex", "--until", 2, "--problems", 8)
+    assert code == 2
+    assert "relex needs at least 2 checkpoints, got 1" in err
+
+
+def test_an_unknown_predictor_gets_the_closest_names(cli: Any, run: Path) -> None:
+    code, _, err = cli("leap", run, "--method", "relexx", "--problems", 8)
+    assert code == 2
+    assert "did you mean 'relex'" in err
+
+
+def test_a_verb_without_its_argument_is_a_usage_error(cli: Any) -> None:
+    code, _, err = cli("train")
+    assert code == 2
+    assert "Missing argument" in err

@@ -1,0 +1,149 @@
+"""A run directory: its steps in order, what is no checkpoint left out with a reason, its base found."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from rankleap.checkpoints import (
+    AdapterCheckpoint,
+    FullCheckpoint,
+    base_of,
+    bundled_bases,
+    effective_weights,
+    open_checkpoint,
+    open_run,
+    resolve_base,
+)
+from rankleap.errors import CheckpointError, UnknownNameError
+
+
+@pytest.fixture
+def run(run_directory: Path, tmp_path: Path) -> Path:
+    """A copy of the run that may be damaged."""
+    return Path(shutil.copytree(run_directory, tmp_path / "run"))
+
+
+def test_steps_come_in_the_order_of_their_numbers(run: Path) -> None:
+    (run / "checkpoint-40").rename(run / "checkpoint-100")
+    (run / "checkpoint-10").rename(run / "global_step_9")
+    (run / "checkpoint-20").rename(run / "step-000020")
+    opened = open_run(run)
+    assert opened.steps == [9, 20, 30, 100]
+    assert {checkpoint.kind for checkpoint in opened.checkpoints.values()} == {"full"}
+    assert opened.skipped == {}
+
+
+def test_checkpoints_may_lie_one_level_down(run_directory: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_directory, tmp_path / "checkpoints")
+    assert open_run(tmp_path).steps == [10, 20, 30, 40]
+
+
+def test_what_only_looks_like_a_checkpoint_is_left_alone(run: Path) -> None:
+    for name in ("ref", "tmp_checkpoint-50", "checkpoint-60-old", ".checkpoint-70.1a2b.aside", "runs"):
+        shutil.copytree(run / "checkpoint-10", run / name)
+    (run / "checkpoint-80").write_text("a file")
+    opened = open_run(run)
+    assert opened.steps == [10, 20, 30, 40]
+    assert opened.skipped == {}
+
+
+def test_the_reference_adapter_inside_a_checkpoint_is_no_checkpoint(
+    save_adapter: Callable[..., PeftModel], tmp_path: Path
+) -> None:
+    save_adapter(tmp_path / "checkpoint-10")
+    save_adapter(tmp_path / "checkpoint-10" / "ref", seed=1)
+    opened = open_run(tmp_path)
+    assert opened.steps == [10]
+    assert opened.checkpoints[10].directory.name == "checkpoint-10"
+
+
+def test_an_incomplete_checkpoint_is_skipped_with_its_reason(run: Path) -> None:
+    (run / "checkpoint-20" / "model.safetensors").unlink()
+    (run / "checkpoint-30" / "model.safetensors").write_bytes(b"half")
+    (run / "checkpoint-50").mkdir()
+    opened = open_run(run)
+    assert opened.steps == [10, 40]
+    assert "is no checkpoint that rankleap knows: needed model.safetensors" in opened.skipped["checkpoint-20"]
+    assert "model.safetensors is truncated or damaged" in opened.skipped["checkpoint-30"]
+    assert "found nothing" in opened.skipped["checkpoint-50"]
+
+
+def test_a_step_that_is_there_twice_is_taken_once_and_said(run: Path) -> None:
+    shutil.copytree(run / "checkpoint-20", run / "step_20")
+    opened = open_run(run)
+    assert opened.steps == [10, 20, 30, 40]
+    assert opened.checkpoints[20].directory.name == "checkpoint-20"
+    assert opened.skipped == {"step_20": "step 20 is here twice, checkpoint-20 was taken"}
+
+
+def test_a_run_of_nothing_but_incomplete_steps_gives_every_reason(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-10").mkdir()
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint in .*\n  checkpoint-10: .*found nothing"):
+        open_run(tmp_path)
+    with pytest.raises(CheckpointError, match="is not a directory"):
+        open_run(tmp_path / "none")
+
+
+def test_full_checkpoints_and_adapters_do_not_mix(run: Path, save_adapter: Callable[..., PeftModel]) -> None:
+    save_adapter(run / "checkpoint-50")
+    with pytest.raises(CheckpointError, match="mixes Hugging Face full and PEFT adapter checkpoints"):
+        open_run(run)
+
+
+def test_an_unknown_directory_says_what_it_has(tmp_path: Path) -> None:
+    (tmp_path / "model_world_size_2_rank_0.pt").touch()
+    with pytest.raises(CheckpointError, match=r"needed model\.safetensors.*found model_world_size_2_rank_0\.pt"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        open_checkpoint(tmp_path / "none")
+
+
+def test_a_run_of_ours_names_its_base(run: Path, base_directory: Path) -> None:
+    (run / "config.json").write_text(json.dumps({"model": {"base": str(base_directory)}}))
+    name, base = base_of(open_run(run), None)
+    assert (name, base.directory) == (str(base_directory), base_directory)
+
+
+def test_adapters_name_their_base_also_beside_a_models_own_config(
+    lora_run: Path, base_directory: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(lora_run, tmp_path / "run"))
+    assert open_run(run).base_name() == str(base_directory)
+    (run / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert open_run(run).base_name() == str(base_directory)
+
+
+def test_a_base_that_is_given_counts_before_the_one_that_is_named(lora_run: Path) -> None:
+    assert base_of(open_run(lora_run), "bundled:sums")[0] == "bundled:sums"
+
+
+def test_a_run_that_names_no_base_asks_for_one(run: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not name its base; give it with --base"):
+        base_of(open_run(run), None)
+
+
+def test_a_bundled_base_opens_by_name() -> None:
+    assert {"sums", "backward"} <= set(bundled_bases())
+    for name in bundled_bases():
+        assert FullCheckpoint(resolve_base(f"bundled:{name}")).shapes
+    with pytest.raises(UnknownNameError, match="bundled base 'sum' does not exist; did you mean 'sums'"):
+        resolve_base("bundled:sum")
+
+
+@pytest.mark.parametrize("name", ["nobody/such-a-model", "not a name//at all"])
+def test_a_base_that_is_nowhere_says_where_it_was_sought(name: str) -> None:
+    with pytest.raises(CheckpointError, match="is no directory and could not be fetched from the Hub"):
+        resolve_base(name)
+
+
+def test_an_adapter_leaves_the_weights_that_it_does_not_hold(lora_run: Path, base_directory: Path) -> None:
+    base, checkpoint = FullCheckpoint(base_directory), AdapterCheckpoint(lora_run / "checkpoint-20")
+    weights = dict(effective_weights(checkpoint, base))
+    assert weights.keys() == base.shapes.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, base.weight(name)) == (name not in checkpoint.shapes)
