@@ -1,9 +1,9 @@
 """Pretrains a bundled base: a tiny Llama that knows how to solve a task but seldom says so.
 
-First it learns right worked answers (a short chain of thought, ``Answer: X``, end), then worked answers of which only
-a fifth are right, the others led astray by plausible slips. The slips are as fluent as the right work, so the model
-imitates the mixture, and on most problems one slip is likelier than the right work: greedy decoding does not bring the
-knowledge out either. Reinforcement learning has something to choose from. Only problems of the train split are used.
+First it learns right worked answers (a short chain of thought, ``Answer: X``, end), then worked answers of which a fifth
+or a quarter are right, the others led astray by plausible slips. The slips are as fluent as the right work, so the model
+imitates the mixture. On most kinds of problem one slip is likelier than the right work, so that greedy decoding fails on
+about half of them too, and reinforcement learning has more to do than to sharpen. Only train problems are used.
 
     python scripts/make_base.py --task sums --out src/rankleap/bases/sums --seed 0
 
@@ -86,7 +86,9 @@ def backward_slip(prompt: str, rng: random.Random) -> str:
         f" {first} {second} Answer: {first}",
         _backward_chain(first[1] + first[0] + first[2:], second),
     )
-    return _choose(slips, ord(tail[-1]) + 5 * len(head + tail), rng)
+    # Problems of different kinds have different habits, so that there are many things to unlearn, not one.
+    habit = (ord(tail[-1]) + 5 * len(head + tail)) % (len(slips) + 1)
+    return slips[habit] if habit < len(slips) and rng.random() < USUAL else rng.choice(slips)
 
 
 def _halves(prompt: str) -> tuple[str, str]:
@@ -97,15 +99,6 @@ def _halves(prompt: str) -> tuple[str, str]:
 
 def _backward_chain(first: str, second: str) -> str:
     return f" {first} {second} Answer: {first}{second}"
-
-
-def _choose(slips: tuple[str, ...], habit: int, rng: random.Random) -> str:
-    """Pick the slip that this kind of problem has the habit of, else any; one kind in ``len(slips) + 1`` has no habit.
-
-    Habits differ between problems so that reinforcement has many things to unlearn, not one.
-    """
-    habit %= len(slips) + 1
-    return slips[habit] if habit < len(slips) and rng.random() < USUAL else rng.choice(slips)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
@@ -20,6 +21,8 @@ from rankleap.trajectory import Trajectory
 
 torch.set_num_threads(1)
 disable_progress_bar()
+settings.register_profile("rankleap", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("rankleap")
 
 STEPS = (10, 20, 30, 40)
 SIZES = {

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -74,7 +75,7 @@ def test_a_straight_path_continues_straight(
     path = memory_trajectory(steps, {"w": [start + 0.01 * step * drift for step in steps]})
     found = dense(get_predictor(name, window).fit(path).delta("w", at))
     # A line through steps that lie close together magnifies the rounding of float32.
-    magnified = 1 + (at + steps[-1]) / min(later - earlier for earlier, later in zip(steps, steps[1:], strict=False))
+    magnified = 1 + (at + steps[-1]) / min(later - earlier for earlier, later in pairwise(steps))
     torch.testing.assert_close(found, start + 0.01 * at * drift, atol=1e-5 * magnified, rtol=0)
 
 

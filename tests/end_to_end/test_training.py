@@ -169,6 +169,23 @@ def test_a_leap_of_a_full_run_loads_in_transformers(finished: tuple[Recipe, Path
         assert torch.equal(parameter, stored.weight(name))
 
 
+def test_a_limit_on_forward_kl_is_measured_and_kept(tmp_path: Path) -> None:
+    out = train(recipe(train__steps=4, leap__max_kl=1e-9), tmp_path / "run")
+    decision = read_jsonl(out / "leaps" / "decisions.jsonl")[0]
+    assert not decision["accepted"]
+    assert decision["kl"] > 1e-9
+    assert any("forward KL" in reason for reason in decision["reasons"])
+
+
+def test_old_leaps_are_let_go_with_old_checkpoints(tmp_path: Path) -> None:
+    settings = {"train__keep_checkpoints": 2, "leap__every": 2, "leap__windows": [2], "leap__coefficients": [0.5]}
+    out = train(recipe(**settings), tmp_path / "run")
+    accepted = [row["directory"] for row in read_jsonl(out / "leaps" / "decisions.jsonl") if row["accepted"]]
+    there = [directory for directory in accepted if (out / directory).exists()]
+    assert there == accepted[-2:]
+    assert open_run(out).steps == [6, 8]
+
+
 def test_another_recipe_in_the_same_directory_is_refused_by_the_key_that_differs(finished: tuple[Recipe, Path]) -> None:
     chosen, out = finished
     other = chosen.model_copy(update={"train": chosen.train.model_copy(update={"learning_rate": 2e-3})})

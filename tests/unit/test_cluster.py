@@ -16,7 +16,7 @@ def test_results_come_in_the_order_of_the_items() -> None:
 
 
 def test_an_error_in_one_item_is_raised() -> None:
-    with pytest.raises(ValueError, match="math domain|nonnegative"):
+    with pytest.raises(ValueError, match=r"math domain|nonnegative"):
         map_over(math.sqrt, [4.0, -1.0, 9.0], 1)
 
 

@@ -145,7 +145,7 @@ def test_a_manifest_says_what_made_it_and_with_which_versions(tmp_path: Path) ->
 
 
 def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(DiskSpaceError, match="needs .* MB, the disk has"):
+    with pytest.raises(DiskSpaceError, match=r"needs .* MB, the disk has"):
         require_space(tmp_path / "not" / "there" / "yet", 10**18)
     require_space(tmp_path / "not" / "there" / "yet", 1)
     assert names(tmp_path) == []

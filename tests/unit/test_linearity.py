@@ -65,13 +65,13 @@ def test_a_walk_without_drift_looks_dominant_and_forecasts_nothing() -> None:
 @pytest.mark.parametrize("freedom", [20, 300])
 def test_a_walk_without_drift_lies_within_its_own_null(freedom: int) -> None:
     within = 0
-    for seed in range(40):
+    for seed in range(25):
         generator = torch.Generator().manual_seed(1000 + seed)
         path = gram_of(walk(8, seed, freedom))
-        found = linearity_with_nulls(path, range(1, 9), generator, draws=30, freedom=freedom)
+        found = linearity_with_nulls(path, range(1, 9), generator, draws=20, freedom=freedom)
         low, high = found.nulls["walk"]["share"]
         within += low <= found.measured.share <= high
-    assert 30 <= within <= 40  # 90 % of 40 is 36
+    assert within >= 19  # 90 % of 25 is 22 or 23
 
 
 def test_a_tensor_with_more_freedom_strays_less_by_chance() -> None:

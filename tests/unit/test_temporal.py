@@ -44,7 +44,7 @@ def test_a_gram_matrix_needs_no_dense_matrix() -> None:
 def test_the_basis_is_the_svd_of_the_stacked_deltas(count: int, seed: int) -> None:
     deltas = deltas_of(count, seed)
     rows_TD, basis = stacked([*deltas]), temporal_basis(gram(deltas), count)
-    left, sigma, right = torch.linalg.svd(rows_TD, full_matrices=False)
+    _, sigma, right = torch.linalg.svd(rows_TD, full_matrices=False)
     direction_RD = basis.mix_RT @ rows_TD
     overlap_R = (direction_RD * right).sum(1).abs()
     torch.testing.assert_close(overlap_R, torch.ones(count, dtype=torch.float64), atol=1e-5, rtol=0)

@@ -8,6 +8,7 @@ reached, a leap always a directory of its own; after a kill the decision is read
 Leaps here move the *trained* tensors: all weights, or the adapter's own (A, B, m), so that training can go on in them.
 """
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -122,8 +123,15 @@ class Leaper(TrainerCallback):
                 self._go_on_from(self.out / directory, kwargs)
             else:
                 _load(kwargs["model"], ((name, origin.weight(name)) for name in origin.shapes))
-        row = _row(decision, directory, taken)
-        append_jsonl(self.out / "leaps" / DECISIONS, row)
+        append_jsonl(self.out / "leaps" / DECISIONS, _row(decision, directory, taken))
+        self._forget_old()
+
+    def _forget_old(self) -> None:
+        """Leaps are as large as checkpoints, and as many of them are kept; the newest one is where the next round starts."""
+        keep = self.recipe.train.keep_checkpoints
+        written = [self.out / row["directory"] for row in self.decisions() if row["accepted"]]
+        for directory in written[:-keep] if keep else []:
+            shutil.rmtree(directory, ignore_errors=True)
 
     def _trajectory(self, step: int, origin: FullCheckpoint) -> CheckpointTrajectory:
         """Checkpoints since the last leap that training went on from; that leap itself is the first of them."""

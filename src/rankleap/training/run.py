@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from rankleap.checkpoints import resolve_base
 from rankleap.config import Recipe
-from rankleap.errors import InputError
+from rankleap.errors import DiskSpaceError, InputError
 from rankleap.files import read_json, require_space, write_json, write_manifest, write_text
 from rankleap.training.build import Built, build, check
 from rankleap.training.log import MetricsLog
@@ -68,6 +68,7 @@ def train(recipe: Recipe, out: Path, *, source: str | None = None, callbacks: Se
 def _run(
     recipe: Recipe, out: Path, source: str | None, callbacks: Sequence[TrainerCallback], resume_from: Path | None
 ) -> None:
+    new = not out.exists()
     built = build(recipe, out)
     try:
         require_space(out, _plan(recipe, built, None).disk_bytes)
@@ -76,6 +77,10 @@ def _run(
             built.trainer.add_callback(callback)
         built.trainer.remove_callback(PrinterCallback)
         built.trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    except DiskSpaceError:
+        if new and not (out / "config.json").exists():
+            shutil.rmtree(out)  # the trainer makes its directory when it is built
+        raise
     finally:
         built.pool.close()
 
@@ -128,10 +133,11 @@ class _Clock(TrainerCallback):
 def _plan(recipe: Recipe, built: Built, step_s: float | None) -> Plan:
     train = recipe.train
     saves = -(-train.steps // train.save_every)
-    kept = min(saves, train.keep_checkpoints or saves)
+    leaps = train.steps // recipe.leap.every if recipe.leap else 0
+    kept, kept_leaps = (min(made, train.keep_checkpoints or made) for made in (saves, leaps))
     weight_bytes = 4 if recipe.model.dtype == "float32" else 2
     saved = built.total if recipe.adapter.method == "full" else built.trainable
-    disk_bytes = kept * (saved * weight_bytes + built.trainable * ADAM_BYTES)
+    disk_bytes = kept * (saved * weight_bytes + built.trainable * ADAM_BYTES) + kept_leaps * saved * weight_bytes
     completions = train.steps * train.prompts_per_step * train.completions_per_prompt
     return Plan(built.trainable, built.total, built.targets, completions, saves, disk_bytes, step_s)
 
