@@ -3,8 +3,9 @@
     python benchmarks/steps_saved.py --tasks sums backward --seeds 0 1 2 --out runs/steps_saved
 
 For each task and learning rate (tuned, a third, a tenth) and seed: plain GRPO, the same with its last four checkpoints
-averaged, and plain with leaps chosen and gated on validation problems. Scored on 400 test problems × 4. The savings are
-those of ``rankleap.arena.compare``: both curves read by the same rule, what the leaps cost counted in the wall-clock.
+averaged, plain with a rate that decays to zero, and plain with leaps chosen and gated on validation problems. Scored on
+400 test problems × 4. The savings are those of ``rankleap.arena.compare``: both curves read by the same rule, what the
+leaps cost counted in the wall-clock.
 Intervals over seeds are Student's t at 95 %. Prints a table, writes ``summary.json``; interrupted, it goes on where it was.
 """
 
@@ -16,7 +17,7 @@ import numpy as np
 from scipy.stats import t as student_t
 
 from rankleap.arena import Arm, run_arm, summarise
-from rankleap.arena.demo import LEAPS, RATES, STEPS, make_arm
+from rankleap.arena.demo import RATES, STEPS, make_arm
 from rankleap.cluster import map_over
 from rankleap.files import machine, versions, write_json
 
@@ -24,17 +25,14 @@ MEASURES = (
     "steps_saved_fraction",
     "wall_saved_fraction",
     "steps_saved_fraction_vs_averaged",
+    "steps_saved_fraction_vs_decayed",
 )
 
 
 def arms_of(task: str, seed: int, out: Path) -> list[Arm]:
-    """Plain and leap at every learning rate."""
+    """Plain, plain with a decayed rate, and leap at every learning rate."""
     here = out / task / f"seed-{seed}"
-    return [
-        make_arm(here, name, task, rate, LEAPS[rate] if name == "leap" else None, seed)
-        for rate in RATES
-        for name in ("plain", "leap")
-    ]
+    return [make_arm(here, name, task, rate, seed) for rate in RATES for name in ("plain", "leap", "plain, decayed")]
 
 
 def interval(values: list[float]) -> tuple[float, float | None, float | None]:

@@ -109,6 +109,14 @@ def test_the_residual_is_that_of_the_triplets(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(factors.residual_R.double(), residual_of(factors, delta), atol=5e-7, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [(400, 440), (440, 400)], ids=str)
+def test_the_residual_of_triplets_that_stopped_early_counts_both_sides(shape: tuple[int, int]) -> None:
+    delta = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    factors = factorise(delta, 4, tolerance=10.0)
+    assert float(factors.residual_R.max()) > 1e-3
+    torch.testing.assert_close(factors.residual_R.double(), residual_of(factors, delta), rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(30, 20), (400, 440)], ids=["full", "iterative"])
 def test_a_residual_above_the_tolerance_is_an_error(shape: tuple[int, int]) -> None:
     delta = torch.randn(shape, generator=torch.Generator().manual_seed(0))

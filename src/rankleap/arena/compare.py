@@ -39,6 +39,12 @@ def saved_fraction(plain: Sequence[dict[str, Any]], other: Sequence[dict[str, An
     return None if mine is None or not theirs else 1 - mine / theirs
 
 
+def _saved_to_end(decayed: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> float | None:
+    """Steps saved to the end of a decayed run; only its end counts, its earlier points are of a rate still too high."""
+    mine = reach(other, decayed[-1]["accuracy"], "step")
+    return None if mine is None else 1 - mine / decayed[-1]["step"]
+
+
 def summarise(arms: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Targets and savings of the ``leap`` arms against ``plain`` of the same learning rate, keyed by learning rate."""
     by_name = {(arm["name"], arm["learning_rate"]): arm["curve"] for arm in arms}
@@ -55,6 +61,11 @@ def summarise(arms: Sequence[dict[str, Any]]) -> dict[str, Any]:
             for rate in plains
             if ("leap", rate) in by_name and (against, rate) in by_name
         }
+    result["steps_saved_fraction_vs_decayed"] = {
+        f"{rate:g}": _saved_to_end(by_name["plain, decayed", rate], by_name["leap", rate])
+        for rate in plains
+        if ("plain, decayed", rate) in by_name and ("leap", rate) in by_name
+    }
     result["arms"] = [_line(arm, targets.get(arm["learning_rate"])) for arm in arms]
     result["target_accuracy"] = {f"{rate:g}": target for rate, target in targets.items()}
     return result

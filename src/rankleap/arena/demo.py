@@ -42,36 +42,32 @@ LEAPS: dict[float, dict[str, Any]] = {
 }
 
 
-def make_arm(out: Path, name: str, task: str, rate: float, leap: dict[str, Any] | None, seed: int = 0) -> Arm:
-    """One run on the bundled base of a task."""
+def make_arm(out: Path, name: str, task: str, rate: float, seed: int = 0) -> Arm:
+    """One run on the bundled base of a task: ``plain``, ``plain, decayed`` (to zero, linearly) or ``leap``."""
     train = {
         "steps": STEPS[rate],
         "learning_rate": rate,
+        "schedule": "linear" if name == "plain, decayed" else "constant",
         "save_every": 5,
         "max_completion_tokens": 24,
         "threads": 1,
     }
     values: dict[str, Any] = {
-        "name": f"{name}-{rate:g}",
+        "name": f"{name.replace(', ', '-')}-{rate:g}",
         "seed": seed,
         "model": {"base": f"bundled:{task}"},
         "task": {"name": task},
         "train": train,
     }
-    if leap:
-        values["leap"] = leap
+    if name == "leap":
+        values["leap"] = LEAPS[rate]
     recipe = make_recipe(values, f"{name} at {rate:g}")
     return Arm(name, recipe, out / recipe.name, grid=20, samples=4, averaged=name == "plain")
 
 
 def demo_arms(out: Path) -> list[Arm]:
     """The four runs, longest first."""
-    return [
-        make_arm(out, "leap", "sums", TENTH, LEAPS[TENTH]),
-        make_arm(out, "plain", "sums", TENTH, None),
-        make_arm(out, "leap", "sums", TUNED, LEAPS[TUNED]),
-        make_arm(out, "plain", "sums", TUNED, None),
-    ]
+    return [make_arm(out, name, "sums", rate) for rate in (TENTH, TUNED) for name in ("leap", "plain")]
 
 
 def run_demo(out: Path, on_poll: Callable[[], None] | None = None) -> dict[str, Any]:
