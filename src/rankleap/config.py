@@ -16,6 +16,7 @@ from rankleap.errors import RecipeError
 
 
 class _Section(BaseModel):
+    # TOML can say inf and nan, which would pass a lower bound or poison a mean.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
@@ -186,6 +187,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     try:
         values[key] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
+        # Nobody quotes twice for a shell, so a bare word is meant as text.
         values[key] = text
 
 
@@ -207,6 +209,7 @@ def _keys(sections: Sequence[int | str]) -> list[str]:
     record: type[BaseModel] = Recipe
     for section in sections:
         annotation = record.model_fields[str(section)].annotation
+        # An optional section is a union with None; the record is one of its arguments.
         candidates = [annotation, *get_args(annotation)]
         record = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
     return list(record.model_fields)

@@ -37,6 +37,7 @@ class UnknownNameError(InputError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         known = sorted(known)
+        # Looser than difflib's own 0.6: names are short, so one wrong letter weighs much.
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(known)}"
         super().__init__(f"{kind} {name!r} does not exist; {hint}")

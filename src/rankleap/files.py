@@ -25,9 +25,11 @@ _PACKAGES = ("rankleap", "torch", "transformers", "trl", "peft", "safetensors", 
 def write_aside(destination: Path) -> Iterator[Path]:
     """Yield a path to write a file or directory to; rename it to ``destination`` on success, remove it on failure."""
     destination.parent.mkdir(parents=True, exist_ok=True)
+    # In the same directory, for a rename is one step only within one file system.
     aside = destination.parent / f".{destination.name}.{uuid4().hex[:8]}.aside"
     try:
         yield aside
+        # Before the rename, or a power cut could leave the new name on an empty file.
         _sync(aside)
         if aside.is_dir() and destination.is_dir():
             # Renamed away first: a kill while deleting would leave half of the old directory in its place.
@@ -51,6 +53,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write ``value`` as indented JSON to ``path`` in one step."""
+    # NaN is no JSON, and other readers refuse the whole file for it.
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
@@ -69,9 +72,11 @@ def read_json(path: Path) -> Any:
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
     """Append one JSON object as a line; a last line that a kill cut short is removed first."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Opened for appending, the position is the end, so it tells whether there is anything.
     with path.open("a+b") as file:
         if file.tell() and _last_byte(file) != b"\n":
             write_text(path, "".join(json.dumps(whole) + "\n" for whole in read_jsonl(path)))
+    # Opened again: the mending above may have put a new file in its place.
     with path.open("a") as file:
         file.write(json.dumps(row, allow_nan=False) + "\n")
 
@@ -84,6 +89,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         try:
             rows += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
+            # A line that ends in a newline was written whole, so its mistake is no kill's.
             if number < len(lines):
                 raise InputError(f"{path}, line {number} is not valid JSON: {error.msg}") from None
     return rows
@@ -115,6 +121,7 @@ def machine() -> dict[str, str | int]:
 
 def require_space(directory: Path, need_bytes: int) -> None:
     """Raise ``DiskSpaceError`` unless ``need_bytes`` fit on the disk that holds ``directory``."""
+    # The directory may not exist yet; its nearest parent that does is on the same disk.
     existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
     free_bytes = shutil.disk_usage(existing).free
     if free_bytes < need_bytes:

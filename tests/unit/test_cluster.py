@@ -1,6 +1,7 @@
 """The map keeps its order and its errors."""
 
 import math
+import multiprocessing
 import subprocess
 from pathlib import Path
 
@@ -24,6 +25,8 @@ def test_the_first_error_cancels_what_has_not_started(tmp_path: Path) -> None:
     later = [["sh", "-c", f"sleep 0.2; touch {tmp_path / str(number)}"] for number in range(8)]
     with pytest.raises(subprocess.CalledProcessError):
         map_over(subprocess.check_call, [["false"], *later], 1)
+    for worker in multiprocessing.active_children():
+        worker.join()
     assert len(list(tmp_path.iterdir())) < len(later)
 
 

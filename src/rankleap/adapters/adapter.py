@@ -55,7 +55,9 @@ def get_adapter(name: str) -> Adapter:
 def target_modules(model: PreTrainedModel, asked: tuple[str, ...]) -> tuple[str, ...]:
     """Names of the modules to adapt; raises ``RecipeError`` for names that match no linear layer."""
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    # Left out: a head that is tied to the embeddings cannot be merged without moving them as well.
     head = model.get_output_embeddings()
+    # By identity, for architectures name their heads differently.
     known = sorted({name.rpartition(".")[2] for name in linear if model.get_submodule(name) is not head})
     unknown = [name for name in asked if name not in known]
     if unknown:
@@ -71,11 +73,13 @@ def require_injected(model: nn.Module, adapter: Adapter, targets: tuple[str, ...
     if isinstance(model, PeftModel):
         adapted = {name.split(".lora_")[0] for name in trainable}
         wrong = [name for name in adapted if name.rpartition(".")[2] not in targets]
+        # Read from what trains: the config only repeats what was asked.
         has_dora = any("lora_magnitude_vector" in name for name in trainable)
         if wrong or not adapted or has_dora != adapter.is_dora:
             raise RunError(
                 f"asked for {adapter.name} on {', '.join(targets)}, but what trains is {sorted(trainable)[:6]}"
             )
+    # Both sides count a tied tensor once.
     elif adapter.name != "full" or len(trainable) != len(list(model.parameters())):
         raise RunError(f"asked for {adapter.name}, but {len(trainable)} plain tensors train")
     return sum(trainable.values())

@@ -15,4 +15,5 @@ EPSILON_HIGH = 0.28
 def settings(recipe: AlgorithmSection) -> dict[str, Any]:
     """TRL settings that make its trainer this algorithm."""
     high = EPSILON_HIGH if recipe.epsilon_high is None else recipe.epsilon_high
+    # Eq. 8's mean over tokens: TRL divides by those of the whole batch, micro-batches included.
     return {"loss_type": "dapo", "scale_rewards": "group", "epsilon": recipe.epsilon, "epsilon_high": high}

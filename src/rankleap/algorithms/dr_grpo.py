@@ -12,6 +12,7 @@ from rankleap.config import AlgorithmSection
 def settings(recipe: AlgorithmSection) -> dict[str, Any]:
     """TRL settings that make its trainer this algorithm."""
     return {
+        # L_max is TRL's max_completion_length.
         "loss_type": "dr_grpo",
         "scale_rewards": "none",
         "epsilon": recipe.epsilon,

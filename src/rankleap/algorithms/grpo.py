@@ -15,7 +15,9 @@ def settings(recipe: AlgorithmSection) -> dict[str, Any]:
     """TRL settings that make its trainer this algorithm."""
     return {
         "loss_type": "grpo",
+        # The std(r) of A_i, to which TRL adds 1e-4; so equal rewards give 0, not NaN.
         "scale_rewards": "group",
         "epsilon": recipe.epsilon,
+        # Unset, TRL clips upwards by epsilon too, as L does.
         "epsilon_high": recipe.epsilon_high,
     }

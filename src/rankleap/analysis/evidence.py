@@ -27,9 +27,11 @@ def evidence(trajectory: Trajectory, seed: int = 0, draws: int = 20) -> dict[str
     tensors: list[dict[str, object]] = []
     for name, shape in trajectory.shapes.items():
         deltas = trajectory.deltas(name)
+        # A vector has no spectrum, and what has not moved no direction.
         if len(shape) != 2 or is_zero(deltas[-1]):
             continue
         key = (shape, _rank(deltas[-1]))
+        # A null depends on shape and rank alone, so layers of one shape share it.
         if key not in nulls:
             nulls[key] = _share_null(*key, generator)
         freedom = key[1] * (sum(shape) - key[1])  # of the matrices of this shape and rank
@@ -59,6 +61,7 @@ def _share_null(shape: tuple[int, ...], rank: int, generator: torch.Generator) -
         if rank == min(shape):
             null: Delta = torch.randn(rows, columns, generator=generator)
         else:
+            # The product of two Gaussian factors, as an adapter's delta is: its spectrum is steeper than a matrix's.
             null = LowRank(
                 torch.randn(rows, rank, generator=generator), torch.randn(rank, columns, generator=generator)
             )

@@ -18,6 +18,7 @@ from scipy.optimize import isotonic_regression
 def reach(curve: Sequence[dict[str, Any]], target: float, axis: str) -> float | None:
     """Where a curve first reaches ``target`` on ``axis`` (``step`` or ``wall_s``); ``None`` if it does not."""
     x, y = np.array([p[axis] for p in curve], float), smooth(curve)
+    # The fit repeats a level up to rounding: without the margin an arm could miss its own end.
     above = np.flatnonzero(y >= target - 1e-9)
     if not len(above):
         return None
@@ -36,6 +37,7 @@ def saved_fraction(plain: Sequence[dict[str, Any]], other: Sequence[dict[str, An
     """Fraction of steps or seconds saved to the plain arm's final accuracy; ``None`` where the other arm never gets there."""
     target = float(smooth(plain)[-1])
     mine, theirs = reach(other, target, axis), reach(plain, target, axis)
+    # ``theirs`` is 0 where training never rose above the base, so there is nothing to save.
     return None if mine is None or not theirs else 1 - mine / theirs
 
 

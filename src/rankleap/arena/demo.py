@@ -22,9 +22,11 @@ RATES = (TENTH, THIRD, TUNED)
 STEPS = {TUNED: 120, THIRD: 120, TENTH: 120}
 SMALL_LEAPS: dict[str, Any] = {
     "methods": ["weight-linear"],
+    # The newest two alone, since the path bends (docs/log.md).
     "windows": [2],
     "every": 5,
     "samples": 1,
+    # Any gain passes: asking more of so small a step rejects half of the good ones (docs/log.md).
     "confidence": 0.5,
 }
 LEAPS: dict[float, dict[str, Any]] = {
@@ -50,6 +52,7 @@ def make_arm(out: Path, name: str, task: str, rate: float, seed: int = 0) -> Arm
         "schedule": "linear" if name == "plain, decayed" else "constant",
         "save_every": 5,
         "max_completion_tokens": 24,
+        # Two arms run side by side on two cores.
         "threads": 1,
     }
     values: dict[str, Any] = {
@@ -62,6 +65,7 @@ def make_arm(out: Path, name: str, task: str, rate: float, seed: int = 0) -> Arm
     if name == "leap":
         values["leap"] = LEAPS[rate]
     recipe = make_recipe(values, f"{name} at {rate:g}")
+    # The averaged twin costs no training, only scoring, so every plain run has one.
     return Arm(name, recipe, out / recipe.name, grid=20, samples=4, averaged=name == "plain")
 
 

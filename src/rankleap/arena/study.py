@@ -26,6 +26,7 @@ from rankleap.tasks.grading import GraderPool
 from rankleap.training import train
 from rankleap.trajectory import run_trajectory
 
+# One for all arms and steps: luck that two points share cancels in their difference.
 TEST_SEED = 20_000_000
 AVERAGED = 4
 """Checkpoints in the averaged baseline."""
@@ -52,6 +53,7 @@ def run_arm(arm: Arm) -> list[dict[str, Any]]:
     train(arm.recipe, arm.out)
     rows = _score(arm)
     if arm.averaged:
+        # Of the plain arm alone, for a leap breaks the path whose linearity is measured.
         run = open_run(arm.out)
         write_evidence(run_trajectory(run, base_of(run, None)[1]), arm.out)
     write_json(path, rows)
@@ -71,12 +73,15 @@ def _score(arm: Arm) -> list[dict[str, Any]]:
             leap = leaps.get(step, {})
             directory = arm.out / leap["directory"] if leap.get("accepted") else run.checkpoints[step].directory
             found = scorer.score(f"step-{step}", effective_weights(open_checkpoint(directory), base))
+            # The row of a step is logged before its leap is tried, so that leap's seconds are added here.
             wall_s = _wall_s(arm.out, step) + leap.get("wall_s", 0.0)
             curve.append(
                 {"step": step, "wall_s": wall_s, "weights": "leap" if leap.get("accepted") else "checkpoint", **found}
             )
             if arm.averaged:
+                # What was there at this step, and no later checkpoint.
                 until = trajectory.until(step)
+                # One checkpoint is its own mean.
                 mean = Leap(get_predictor("average", AVERAGED).fit(until), 1.0) if len(until.steps) > 1 else None
                 weights = leap_weights(mean, base) if mean else effective_weights(run.checkpoints[step], base)
                 found = scorer.score(f"average-{step}", weights)

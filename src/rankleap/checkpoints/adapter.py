@@ -24,6 +24,7 @@ from rankleap.files import read_json
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
+# Each of these changes what lora_A and lora_B mean, or adds tensors that are not read here.
 _UNREAD = (
     "fan_in_fan_out",
     "alora_invocation_tokens",
@@ -89,6 +90,7 @@ class AdapterCheckpoint:
     def delta(self, name: str, base: FullCheckpoint) -> Delta:
         """The effective delta of one base weight in float32."""
         parts = self._read(name)
+        # A whole tensor (modules_to_save) takes the place of the base's.
         if "full" in parts:
             delta: Delta = parts["full"] - base.weight(name)
         else:

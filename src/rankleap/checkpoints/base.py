@@ -27,9 +27,11 @@ def resolve_base(name: str) -> Path:
             raise UnknownNameError("bundled base", short, bundled_bases())
         return _bases() / short
     directory = Path(name)
+    # A directory wins over a Hub name that reads the same.
     if directory.exists():
         return directory
     try:
+        # Nothing but what is read: a repository may hold the same weights for other frameworks too.
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.model"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(

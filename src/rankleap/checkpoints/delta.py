@@ -44,6 +44,7 @@ def combine(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
     """Weighted sum of deltas of one shape; products stay a product, of the summed rank, as long as all are products."""
     if all(isinstance(delta, LowRank) for delta in deltas):
         products = [delta for delta in deltas if isinstance(delta, LowRank)]
+        # A weight goes into one factor alone; in both it would count squared.
         left_MR = torch.cat([weight * p.left_MR for weight, p in zip(weights, products, strict=True)], dim=1)
         return LowRank(left_MR, torch.cat([p.right_RN for p in products], dim=0))
     total = torch.zeros(deltas[0].shape)
@@ -57,6 +58,7 @@ def inner(first: Delta, second: Delta) -> float:
     if isinstance(first, LowRank) and isinstance(second, LowRank):
         left_RR = first.left_MR.double().T @ second.left_MR.double()
         return float((left_RR * (first.right_RN.double() @ second.right_RN.double().T)).sum())
+    # float64: distances along a path are differences of inner products that nearly agree.
     return float((dense(first).double() * dense(second).double()).sum())
 
 

@@ -49,6 +49,7 @@ class FullCheckpoint:
 
     def tensor(self, name: str) -> Tensor:
         """One tensor as it is stored."""
+        # Opened for each read: handles that stay open would be one for each shard of each step.
         with open_safetensors(self._files[name]) as file:
             return file.get_tensor(name)
 
@@ -74,10 +75,12 @@ class FullCheckpoint:
     def fingerprint(self) -> str:
         """Hash of every tensor's name, shape and first row: tells two bases of one architecture apart at little cost."""
         digest = hashlib.blake2b(digest_size=16)
+        # Sorted, since shards order the same tensors differently.
         for name in sorted(self.shapes):
             with open_safetensors(self._files[name]) as file:
                 first = file.get_slice(name)[:1] if self.shapes[name] else file.get_tensor(name)
             digest.update(f"{name}{self.shapes[name]}".encode())
+            # As float32, for numpy has no bfloat16.
             digest.update(first.float().contiguous().numpy().tobytes())
         return digest.hexdigest()
 

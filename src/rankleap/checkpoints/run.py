@@ -33,6 +33,7 @@ class Layout:
 
 
 LAYOUTS: dict[str, Layout] = {
+    # First: a directory with an adapter's config is an adapter, whatever else was saved into it.
     "peft": Layout("PEFT adapter", lambda path: (path / adapter.CONFIG).exists(), AdapterCheckpoint),
     "hf": Layout(
         "Hugging Face full",
@@ -79,13 +80,16 @@ def open_run(directory: Path) -> Run:
     found: dict[int, Checkpoint] = {}
     layouts: dict[str, Layout] = {}
     skipped: dict[str, str] = {}
+    # By number, then by name: of two directories of one step always the same one wins.
     for path, step in sorted(_step_directories(parent), key=lambda item: (item[1], item[0].name)):
         try:
             if step in found:
                 raise CheckpointError(f"step {step} is here twice, {found[step].directory.name} was taken")
             layout = _layout_of(path)
+            # Opening reads headers only, yet a truncated file shows here and not halfway through the work.
             found[step] = layout.open(path)
             layouts[layout.name] = layout
+        # Skipped and told, so that a run can be read while its newest step is being written.
         except InputError as error:
             skipped[path.name] = str(error)
     if not found:

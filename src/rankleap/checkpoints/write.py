@@ -21,6 +21,7 @@ from rankleap.files import write_json
 
 SHARD_BYTES = 1 << 30
 _SIDE_FILES = ("*.json", "tokenizer*", "*.model", "*.jinja", "merges.txt", "vocab.txt")
+# The index names shards of the source, and the other two are facts about its directory.
 _NOT_SIDE_FILES = {full.INDEX, "trainer_state.json", "manifest.json"}
 
 
@@ -42,9 +43,11 @@ def write_full(
     for name, weight in weights:
         if not bool(torch.isfinite(weight).all()):
             raise NotFiniteError(f"{name} of the new checkpoint has NaN or infinity; nothing was written")
+        # safetensors refuses what is not contiguous.
         stored = weight.to(full.DTYPES[like.dtypes[name]]).contiguous()
         lost += float(torch.linalg.vector_norm(stored.float() - weight)) ** 2
         moved += float(torch.linalg.vector_norm(weight - like.weight(name))) ** 2
+        # Written before the limit is passed; a tensor beyond it still gets a shard of its own.
         if pending and not like.file and sum(t.nbytes for t in pending.values()) + stored.nbytes > shard_bytes:
             _write_shard(directory, len(shards), pending)
             pending, shards = {}, [*shards, []]
@@ -79,6 +82,7 @@ def write_adapter(
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
+        # Whole names: a suffix would also adapt modules that the leap does not move.
         "target_modules": [name.removesuffix(".weight") for name in products],
         "inference_mode": True,
     }
@@ -104,10 +108,12 @@ def _name_shards(directory: Path, shards: list[list[str]]) -> None:
     if len(shards) == 1:
         (directory / "shard-00001.safetensors").rename(directory / full.WEIGHTS)
         return
+    # The names say how many shards there are, which is known only at the end.
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         (directory / f"shard-{number:05d}.safetensors").rename(directory / final)
         weight_map |= dict.fromkeys(names, final)
     size_bytes = sum(path.stat().st_size for path in directory.glob("model-*.safetensors"))
+    # After the files that it names, so that it never promises what is not there.
     write_json(directory / full.INDEX, {"metadata": {"total_size": size_bytes}, "weight_map": weight_map})

@@ -23,6 +23,7 @@ app = typer.Typer(
     name="rankleap",
     help="Train RLVR, read the low-rank trajectory of the weights, leap ahead along it, and say whether to trust it.",
     no_args_is_help=True,
+    # An unforeseen error keeps Python's own traceback, which can be pasted into a report.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -25,11 +25,13 @@ def demo(
         from rankleap.report import headline, write_report
 
     columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    # On stderr, so that stdout holds the result alone.
     with Progress(*columns, console=Console(stderr=True), disable=as_json) as bar:
         arms = demo_arms(out)
         tasks = {arm.out: bar.add_task(arm.recipe.name, total=arm.recipe.train.steps) for arm in arms}
 
         def poll() -> None:
+            # The arms run in processes of their own, so their metrics files are what can be watched.
             for directory, task in tasks.items():
                 rows = directory / "metrics.jsonl"
                 bar.update(task, completed=len(rows.read_text().splitlines()) if rows.exists() else 0)

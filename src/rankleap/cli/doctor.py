@@ -23,6 +23,7 @@ def doctor(as_json: Json = False) -> None:
     from rankleap.predictors import PREDICTORS
     from rankleap.tasks import TASKS
 
+    # Looked up, not imported: some of these take seconds to load.
     missing = {verbs: [name for name in names if find_spec(name) is None] for verbs, names in _NEEDS.items()}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     lists = {"bundled bases": bundled_bases(), "tasks": sorted(TASKS), "predictors": list(PREDICTORS)}

@@ -52,11 +52,13 @@ def evaluate(
         raise InputError("which task to evaluate on is not known; give --task")
     longest = max_tokens or recipe.get("train", {}).get("max_completion_tokens", 512)
     sampling = Sampling(temperature, top_p, longest, batch_size)
+    # The task comes before any model: a wrong name or a missing extra is told at once.
     with extras("evaluating on a task"):
         from rankleap.tasks import get_task
 
         chosen = get_task(task)
         asked = chosen.problems(split, problems)
+    # Without MODEL there is a run; ``or Path()`` is for the type checker alone.
     targets = {_name_of(model): model} if model is not None else _targets(run or Path(), base)
     done = _evaluate_all(targets, base, (chosen, asked), (k, sampling, seed), out or run)
     _show(done, f"{task}, {split}", as_json)
@@ -82,8 +84,10 @@ def _evaluate_all(
     disable_progress_bar()
     (task, problems), (k, sampling, seed) = posed, draw
     done = {}
+    # One pool for all checkpoints, so that its processes start once.
     with GraderPool(task) as pool:
         for name, where in track(targets.items(), "evaluating", console=Console(stderr=True)):
+            # Only a promise: nothing is loaded where every sample is on disk already.
             load = partial(load_model, where, base)
             if out is None:
                 model, tokenizer = load()
@@ -100,6 +104,7 @@ def _targets(run: Path, base: str | None) -> dict[str, str]:
 
     opened = open_run(run)
     known = base or opened.base_name()
+    # The base stands first, for gains are told over the first.
     targets = {"base": known} if known else {}
     targets |= {f"checkpoint-{step}": str(one.directory) for step, one in opened.checkpoints.items()}
     leaps = sorted(path.parent for path in (run / "leaps").glob("*/*/manifest.json"))
@@ -144,6 +149,7 @@ def _show(done: "dict[str, Evaluation]", title: str, as_json: bool) -> None:
                 "truncated": f"{line['truncation_rate']:.1%}",
             }
         )
+    # They were scored as wrong, so a reader has to know how many there are.
     failures = sum(line["verdicts"].get(how, 0) for line in summaries.values() for how in ("timeout", "grader_error"))
     failed = f"; the grader failed {failures} times, scored 0" if failures else ""
     problems = summaries[first]["problems"]

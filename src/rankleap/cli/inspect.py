@@ -11,6 +11,7 @@ def inspect(directory: RunDirectory, as_json: Json = False) -> None:
     from rankleap.checkpoints import AdapterCheckpoint, open_run
 
     run = open_run(directory)
+    # One stands for all: checkpoints of mixed layouts are refused when the run is opened.
     last = run.checkpoints[run.steps[-1]]
     facts: dict[str, object] = {
         "run": str(run.directory),

@@ -30,6 +30,7 @@ class StepProgress(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Move the bar."""
         logs = kwargs.get("logs")
+        # The closing summary of a training has no reward.
         if isinstance(logs, dict) and "reward" in logs:
             now = float(logs["reward"])
             self._reward = now if self._reward is None else 0.9 * self._reward + 0.1 * now

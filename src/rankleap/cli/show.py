@@ -42,6 +42,7 @@ def extras(need: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         top = (error.name or "").partition(".")[0]
+        # Any other missing module is a fault of ours, not an extra to install.
         if top not in _EXTRA_OF:
             raise
         raise MissingExtraError(need, _EXTRA_OF[top]) from None

@@ -34,6 +34,7 @@ def train(
         import tempfile
         from dataclasses import asdict
 
+        # The trainer makes its directory when it is built, so a dry run builds it elsewhere.
         with tempfile.TemporaryDirectory() as scratch:
             plan = training.plan(resolved, Path(scratch))
         if as_json:
@@ -57,6 +58,7 @@ def _summary(directory: Path) -> dict[str, object]:
     from rankleap.files import read_jsonl
 
     rows = read_jsonl(directory / "metrics.jsonl")
+    # The reward of a single step is too noisy to print.
     last = rows[-10:]
     mean_reward = sum(row["reward"] for row in last) / len(last)
     facts = {"run": str(directory), "step": rows[-1]["step"], "reward (last 10 steps)": round(mean_reward, 4)}

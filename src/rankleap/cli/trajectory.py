@@ -26,6 +26,7 @@ def trajectory(
     recording, path = recording_of(run, base, out or directory / "trajectory", rank)
     missing = sorted(set(path.steps) - set(recording.steps()))
     for step in track(missing, description="factoring", disable=as_json or not missing):
+        # A generator, so that one tensor's delta is in memory at a time.
         recording.add(step, ((name, path.delta(name, step)) for name in path.shapes))
     result = {
         "trajectory": str(recording.directory),

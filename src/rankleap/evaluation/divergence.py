@@ -46,6 +46,7 @@ def forward_kl(
             kl_N = _token_kl(base_model, model, batch)
             sums.index_add_(0, owner_N, kl_N)
             counts.index_add_(0, owner_N, torch.ones_like(kl_N))
+    # Asked of the sums, where a NaN of any token has to show.
     if not sums.isfinite().all():
         raise NotFiniteError("forward KL is not finite: a model gives NaN or infinite logits; look at its weights")
     return ratio_of_sums(sums.numpy(), counts.numpy())
@@ -59,6 +60,7 @@ def _token_kl(base_model: PreTrainedModel, model: PreTrainedModel, batch: Sequen
     first_B1 = torch.tensor([[len(prompt) - 1] for prompt, _ in batch])
     count_B1 = torch.tensor([[len(drawn)] for _, drawn in batch])
     place_BW = torch.arange(width) - first_B1  # the logits at place i speak of completion token i
+    # The last drawn token is attended to, but its own logits speak of nothing that was drawn.
     chosen_BW = (place_BW >= 0) & (place_BW < count_B1)
     mask_BW = (place_BW <= count_B1).long()
     # Only the rows of interest go through the softmax: over a large vocabulary the rest is most of the memory.

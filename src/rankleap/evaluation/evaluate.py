@@ -22,6 +22,7 @@ from rankleap.tasks.task import Task
 
 Load = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
+# A kill loses about this many samples; fewer would rewrite the whole file more often.
 _SAMPLES_PER_WRITE = 4096
 
 
@@ -70,6 +71,7 @@ def evaluate_checkpoint(
     What is saved is kept: only missing samples are drawn, written every few thousand, and ``load`` is called for them
     alone. Samples drawn with other settings, or of other problems, are refused rather than mixed or overwritten.
     """
+    # The seed that was asked, not a block's own: the next call is compared with it.
     settings = {**sampling.settings(), "seed": seed}
     saved, seconds = _read_saved(path, problems, settings)
     lacking = [problem for problem in problems if len(saved[problem.id]) < k]
@@ -94,6 +96,7 @@ def _read_saved(
     """Return what is saved of each problem, nothing included, and the seconds it took."""
     saved: dict[str, list[Sample]] = {problem.id: [] for problem in problems}
     summary = read_summaries(path.parent).get(path.stem)
+    # A summary without samples is what a kill between the two writes leaves.
     if not path.exists():
         return saved, 0.0
     if summary is None or summary["settings"] != settings:
@@ -101,7 +104,9 @@ def _read_saved(
         raise InputError(f"{path} was drawn with {before}, asked were {settings}; delete it or write elsewhere")
     for one in read_samples(path):
         saved.setdefault(one.problem_id, []).append(one)
+    # The asked problems were put in first, so what follows them was not asked for.
     others = list(saved)[len(problems) :]
+    # More problems than asked are fine; others instead of those asked are another split.
     if others and any(not saved[problem.id] for problem in problems):
         raise InputError(
             f"{path} holds other problems than asked, such as {others[0]!r}; write each split to its own directory"
@@ -115,6 +120,7 @@ def _blocks(lacking: Sequence[Problem], saved: dict[str, list[Sample]], k: int) 
         sorted(lacking, key=lambda problem: len(saved[problem.id])), key=lambda problem: len(saved[problem.id])
     ):
         alike = list(group)
+        # Two at least: the summary written after the first block needs two problems for an interval.
         size = max(2, _SAMPLES_PER_WRITE // (k - have))
         for start in range(0, len(alike), size):
             yield alike[start : start + size]
@@ -123,6 +129,7 @@ def _blocks(lacking: Sequence[Problem], saved: dict[str, list[Sample]], k: int) 
 def _block_seed(seed: int, have: int, block: Sequence[Problem]) -> int:
     """A seed of its own for each draw: filling up with the first seed again would repeat the first samples."""
     ids = "\n".join(problem.id for problem in block)
+    # Seven bytes, so that the seed is also a positive signed 64-bit integer.
     return int.from_bytes(hashlib.blake2b(f"{seed} {have} {ids}".encode(), digest_size=7).digest())
 
 

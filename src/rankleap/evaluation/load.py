@@ -26,6 +26,7 @@ def load_model(name: str, base: str | None = None) -> tuple[PreTrainedModel, Pre
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base_directory)
         if base_directory != directory:
             model = _adapted(model, directory)
+        # A trainer saves the tokenizer beside its adapter; a bare adapter borrows the base's.
         tokenizer = AutoTokenizer.from_pretrained(
             directory if (directory / "tokenizer.json").exists() else base_directory
         )
@@ -36,6 +37,7 @@ def load_model(name: str, base: str | None = None) -> tuple[PreTrainedModel, Pre
 
 
 def _adapted(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
+    # Here and not above, so that full checkpoints load where the extra is not installed.
     from peft import PeftModel
 
     return cast(PreTrainedModel, PeftModel.from_pretrained(model, directory))

@@ -27,6 +27,7 @@ Array = NDArray[np.float64]
 def avg_at_k(scores_PK: ArrayLike, confidence: float = 0.95) -> Estimate:
     """Mean score over problems and their samples."""
     scores = _checked(scores_PK)
+    # Yes-or-no scores cap the effective sample at their own number; graded ones have no such cap.
     return _estimate(scores.mean(axis=1), scores.size if np.isin(scores, (0, 1)).all() else None, confidence)
 
 
@@ -58,6 +59,7 @@ def smallest_resolvable_difference(
     """The true difference that these problems would show, at this confidence, with probability ``power``."""
     differences = _differences(scores_a_PK, scores_b_PK)
     ratio = stdtrit(len(differences) - 1, power) / stdtrit(len(differences) - 1, (1 + confidence) / 2)
+    # (t_power + q)·s: the usual power calculation of a two-sided test, its far tail left out.
     return float((1 + ratio) * _half_width(differences, confidence))
 
 

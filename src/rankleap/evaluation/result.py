@@ -26,6 +26,7 @@ class Sampling:
     """Completions generated at once: bounds the memory, and is no part of the distribution."""
 
     def __post_init__(self) -> None:
+        # Each bound is written so that NaN fails it.
         wrong = [
             f"{name}: should be {bound}, got {value}"
             for name, bound, value, good in (
@@ -44,6 +45,7 @@ class Sampling:
         return {"temperature": self.temperature, "top_p": self.top_p, "max_new_tokens": self.max_new_tokens}
 
 
+# No generated ==: comparing arrays gives an array, not a yes or no.
 @dataclass(frozen=True, slots=True, eq=False)
 class Evaluation:
     """Scores of one model on the problems of one task, and how they came about."""
@@ -97,6 +99,7 @@ class Evaluation:
             "truncation_rate": self.truncation_rate,
             "verdicts": dict(self.verdicts),
             "seconds": self.seconds,
+            # Samples that came from elsewhere have no time of their own.
             "samples_per_s": problems * samples / self.seconds if self.seconds > 0 else None,
             "settings": dict(self.settings),
         }

@@ -90,6 +90,7 @@ def _generate(
     width = max(map(len, prompt_ids))
     # On the left, so that every row continues from the last column.
     input_BW = torch.tensor([[config.pad_token_id] * (width - len(ids)) + ids for ids in prompt_ids])
+    # Said, not inferred from the padding token, which may be the end token as well.
     mask_BW = torch.arange(width) >= torch.tensor([[width - len(ids)] for ids in prompt_ids])
     generate = cast(Callable[..., torch.Tensor], model.generate)
     output = generate(
@@ -98,6 +99,7 @@ def _generate(
     new_BL = output[:, width:].cpu()
     # Rows that ended early go on as padding, which may be the same token: the first end counts.
     ended_BL = torch.isin(new_BL, torch.tensor(config.eos_token_id))
+    # An argmax gives the first of equal maxima, and the end token itself counts as sampled.
     lengths = torch.where(ended_BL.any(1), ended_BL.int().argmax(1) + 1, new_BL.shape[1]).tolist()
     token_ids = [ids[:length] for ids, length in zip(new_BL.tolist(), lengths, strict=True)]
     texts = tokenizer.batch_decode(token_ids, skip_special_tokens=True)
@@ -111,6 +113,7 @@ def _generation_config(
     """Everything that ``generate`` is to do; a sequence ends where the tokenizer or the model's own config says so."""
     declared = _transformer(model).generation_config
     end = declared.eos_token_id if declared is not None else None
+    # Chat models may name several ends in their config and only one in the tokenizer.
     known = [tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])]
     ends = sorted({token for token in known if isinstance(token, int)})
     if not ends:
@@ -119,9 +122,11 @@ def _generation_config(
     # top_k must be said: left out, it means 50.
     chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     return GenerationConfig(
+        # Greedy decoding complains about a temperature that it would not use, so it is given none.
         do_sample=sampling.temperature > 0,
         **(chosen if sampling.temperature > 0 else {}),
         max_new_tokens=sampling.max_new_tokens,
+        # A trainer turns the cache off in the model's config, and sampling without it is quadratic.
         use_cache=True,
         eos_token_id=ends,
         pad_token_id=pad if isinstance(pad, int) else ends[0],

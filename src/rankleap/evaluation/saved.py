@@ -83,6 +83,7 @@ def compare(path_a: Path, path_b: Path) -> Estimate:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
+    # A file of its own: renaming a new summary into place would leave the lock on the old one.
     with (directory / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -96,8 +96,10 @@ def write_leap_adapter(
         if not math.isfinite(square):
             raise NotFiniteError(f"{name} of the new adapter has NaN or infinity; nothing was written")
         total += square
+        # PEFT gives embeddings keys of another kind, so what moves there counts as lost.
         if square > 0 and len(shape) == 2 and "embed" not in name and not name.startswith("lm_head"):
             factors = factorise(delta, min(rank, *shape))
+            # σ is shared out evenly: neither factor is tiny beside the other when training goes on from them.
             half = factors.sigma_R.sqrt()
             products[name] = LowRank(factors.left_MR * half, half[:, None] * factors.right_RN)
             kept += float(torch.sum(factors.sigma_R.double() ** 2))

@@ -49,6 +49,7 @@ def judge(
     """Accept or reject from the scores of both on the same P problems; ``difference`` has its 95 % interval."""
     gain_P = leap_PK.mean(axis=1) - origin_PK.mean(axis=1)
     mean = float(gain_P.mean())
+    # For the reader, at 95 %; the decision itself asks for the recipe's confidence.
     difference = paired_difference(leap_PK, origin_PK)
     margin = NormalDist().inv_cdf(settings.confidence) * float(gain_P.std(ddof=1)) / len(gain_P) ** 0.5
     reasons: list[str] = []

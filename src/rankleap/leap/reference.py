@@ -27,5 +27,6 @@ class BaseReference:
         """Forward KL in nats per token on completions that the base itself gives to these problems."""
         self._model.to(model.device)  # pyright: ignore[reportArgumentType]
         prompts = [problem.prompt for problem in problems]
+        # Drawn with one seed at every call, so all leaps are held against the same completions.
         drawn = sample(self._model, tokenizer, prompts, 1, self._sampling, self._seed)
         return forward_kl(self._model, model, tokenizer, prompts, drawn).value

@@ -55,6 +55,7 @@ def open_source(directory: Path, base_name: str | None, until: int | None = None
         name, base = base_of(run, base_name)
         trajectory: Trajectory = run_trajectory(run, base)
     except CheckpointError:
+        # Checkpoints that are there but cannot be read are not silently replaced by their factors.
         if recorded is None or (directory / "checkpoints").is_dir():
             raise
         trajectory = RecordedTrajectory(recorded)
@@ -84,6 +85,7 @@ def try_leaps(source: Source, candidates: Candidates, trial: Trial, gate: GateSe
             load_weights(model, leap_weights(leap, source.base))
             return reference.kl(model, tokenizer, asked)
 
+        # The second model is loaded when KL is first asked for, which may be never.
         reference = BaseReference(source.base.directory, trial.sampling, trial.seed)
         measured = None if gate.max_kl is None else kl
         return search(source.trajectory, candidates, score, problems, gate, measured)
@@ -100,6 +102,7 @@ def write_decision(decision: Decision, source: Source, out: Path, *, adapter_ran
 
 def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
     """Copy float32 weights into a live model by name; raises ``CheckpointError`` for a name that it does not have."""
+    # Tied weights are listed once, under the name that the file has as well.
     live = dict(model.named_parameters())
     with torch.no_grad():
         for name, weight in weights:

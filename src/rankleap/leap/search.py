@@ -71,7 +71,9 @@ def search(
     options = list(fitted(trajectory, candidates))
     if not options:
         raise TrajectoryError("no leap to try: give at least one method, window and coefficient")
+    # With one candidate there is nothing to choose, so nothing is spent on it.
     means = [float(score(leap, choosing).mean()) for _, leap in options] if len(options) > 1 else [None]
+    # The first of equal means wins, so the recipe's order breaks ties.
     leap = max(zip(means, options, strict=True), key=lambda item: item[0] or 0.0)[1][1]
     divergence = kl(leap, gating) if kl else None
     verdict = judge(score(leap, gating), score(None, gating), norm_ratio(leap), divergence, gate)

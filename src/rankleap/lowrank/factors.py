@@ -75,15 +75,20 @@ def _svd_of_product(delta: LowRank) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _lanczos(delta_MN: Tensor, rank: int, tolerance: float) -> Factors:
+    # ARPACK's own start is random, and two runs would differ in their last digits.
     start = np.random.default_rng(0).standard_normal(min(delta_MN.shape)).astype(np.float32)
+    # The method cannot give every triplet of a matrix, at most all but one.
     k = min(rank, min(delta_MN.shape) - 1)
     try:
+        # ARPACK's tolerance bounds another error than the residual measured below, hence the margin.
         triplets = svds(delta_MN.numpy(), k=k, tol=tolerance / 10, v0=start)  # pyright: ignore[reportArgumentType]
     except ArpackError as error:
         raise NotConvergedError(f"the SVD of a {tuple(delta_MN.shape)} delta did not converge: {error}") from None
     left_MR, sigma_R, right_RN = (np.asarray(part) for part in triplets)
+    # svds promises no order.
     order = np.argsort(-sigma_R)
     left, sigma, right = (torch.from_numpy(a.copy()) for a in (left_MR[:, order], sigma_R[order], right_RN[order]))
+    # ‖ΔW‖_F needs no spectrum, Σσ needs all of it: hence the None.
     return _certified(delta_MN, (left, sigma, right), float(torch.linalg.vector_norm(delta_MN)), None, tolerance)
 
 

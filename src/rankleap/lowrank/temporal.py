@@ -31,6 +31,7 @@ class TemporalBasis:
 
 def gram(deltas: Sequence[Delta]) -> Tensor:
     """G of one tensor's deltas, T × T, float64."""
+    # float64: late deltas differ by far less than their own size, and a straight path shows in that.
     gram_TT = torch.empty(len(deltas), len(deltas), dtype=torch.float64)
     for s, first in enumerate(deltas):
         for t, second in enumerate(deltas[: s + 1]):
@@ -44,8 +45,10 @@ def temporal_basis(gram_TT: Tensor, rank: int = 1) -> TemporalBasis:
     The sign of each component makes its last coordinate positive: the run moves forward along it.
     """
     value_T, vector_TT = torch.linalg.eigh(gram_TT)
+    # eigh sorts upwards, and rounding can leave a tiny negative eigenvalue.
     value_R, vector_TR = value_T.flip(0)[:rank].clamp_min(0), vector_TT.flip(1)[:, :rank]
     vector_TR = vector_TR * torch.where(vector_TR[-1] < 0, -1.0, 1.0)
     scale_R = value_R.sqrt()
+    # A component without energy has no direction; the floor keeps its mix finite.
     floor = torch.finfo(torch.float64).eps * value_T[-1].clamp_min(torch.finfo(torch.float64).tiny).sqrt()
     return TemporalBasis(vector_TR * scale_R, (vector_TR / scale_R.clamp_min(floor)).T, value_R / value_T.sum())

@@ -23,6 +23,7 @@ class Hold(Predictor):
 
     def fit(self, trajectory: Trajectory) -> Forecast:
         """The last checkpoint, whatever the target."""
+        # For its check alone; the last checkpoint is in every window.
         self.first(trajectory)
         weight_T = torch.zeros(len(trajectory.steps), dtype=torch.float64)
         weight_T[-1] = 1.0

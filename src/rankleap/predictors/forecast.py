@@ -71,6 +71,7 @@ class Mixture(Forecast):
     def weights(self, name: str, step: float | None = None, coefficient: float = 1.0) -> Tensor:
         """a_T of ``Σ_t a_t Δ_t``, float64, the origin included."""
         line = self.lines.get(name) or self.lines[SHARED]
+        # All deltas are since the base, so the base itself weighs none of them.
         origin_T = torch.zeros(len(self.trajectory.steps), dtype=torch.float64)
         if self.origin == "last":
             origin_T[-1] = 1.0
@@ -81,6 +82,7 @@ class Mixture(Forecast):
         """Delta of one tensor since the base; steps that weigh nothing are not read."""
         weight_T = self.weights(name, step, coefficient)
         used = [(float(w), s) for w, s in zip(weight_T, self.trajectory.steps, strict=True) if w != 0]
+        # Every weight zero is the base: a zero delta that has the shape and kind of a real one.
         used = used or [(0.0, self.trajectory.steps[-1])]
         return combine([self.trajectory.delta(name, s) for _, s in used], [w for w, _ in used])
 

@@ -30,6 +30,7 @@ class WeightLinear(Predictor):
         first = self.first(trajectory)
         step_T = torch.tensor(trajectory.steps, dtype=torch.float64)
         at_zero_T, at_one_T = torch.zeros_like(step_T), torch.zeros_like(step_T)
+        # The weights are linear in the target step, so two targets give all of them.
         at_zero_T[first:], at_one_T[first:] = line_weights(step_T[first:], 0.0), line_weights(step_T[first:], 1.0)
         reach = float(2 * step_T[-1] - step_T[first])
         return self.shared(trajectory, reach, at_zero_T, at_one_T - at_zero_T)
@@ -49,9 +50,12 @@ class Window(Predictor):
         step_T = torch.tensor(trajectory.steps, dtype=torch.float64)
         half = (len(step_T) - first) // 2
         early_T, late_T = torch.zeros_like(step_T), torch.zeros_like(step_T)
+        # ``needs`` keeps half above zero, where -0 would take everything.
         early_T[first : first + half], late_T[-half:] = 1 / half, 1 / half
+        # Steps between the centres of the two halves, whatever the spacing.
         apart = float((late_T - early_T) @ step_T)
         per_step_T = (late_T - early_T) / apart
         at_zero_T = -per_step_T * step_T[-1]
+        # At the last step the slope cancels, and W_last is left.
         at_zero_T[-1] += 1.0
         return self.shared(trajectory, float(step_T[-1]) + apart, at_zero_T, per_step_T)

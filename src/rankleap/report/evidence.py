@@ -47,6 +47,7 @@ class Statistic:
     def null_range(self, null: str) -> Range | None:
         """Medians over tensors of the two ends of a null."""
         known = [one for one in self.ranges[null] if one is not None]
+        # A median of each end, for one wild tensor would stretch a range over all.
         return (median(low for low, _ in known), median(high for _, high in known)) if known else None
 
     def above(self, null: str) -> int:
@@ -56,6 +57,7 @@ class Statistic:
     def above_all(self) -> int:
         """How many tensors lie above every null that they have."""
         by_tensor = zip(self.measured, *self.ranges.values(), strict=True)
+        # A tensor without a null was compared with nothing, so it lies above nothing.
         return sum(any(nulls) and all(one is None or value > one[1] for one in nulls) for value, *nulls in by_tensor)
 
 
@@ -74,6 +76,7 @@ def _share(key: str, label: str, evidence: Sequence[TensorEvidence]) -> Statisti
 
 def _path(key: str, label: str, evidence: Sequence[TensorEvidence]) -> Statistic:
     rows = [(one, value) for one in evidence if (value := one.path.get(key)) is not None]
+    # A dict keeps the nulls in the order of the file, which a set would not.
     names = dict.fromkeys(null for one, _ in rows for null in one.nulls)
     ranges = {
         name: tuple(_informative(value, one.nulls.get(name, {}).get(key)) for one, value in rows) for name in names

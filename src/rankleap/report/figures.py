@@ -78,11 +78,13 @@ class Figure:
 
     def specs(self) -> list[dict[str, Any]]:
         """One Vega-Lite definition per panel, without colours, as wide as the place it is put in."""
+        # Altair refuses more than 5000 rows unless told otherwise.
         with alt.data_transformers.enable("default", max_rows=None):
             return [panel.properties(width="container").to_dict() for panel in self.panels]
 
     def write(self, stem: Path) -> None:
         """Write the panels as one picture, light, as ``stem``.svg and, twice as fine, ``stem``.png."""
+        # A row is as wide as two panels of WIDTH, however many stand in it.
         panels = [panel.properties(width=WIDTH * 2 // self.columns) for panel in self.panels]
         whole = alt.concat(*panels, columns=self.columns, config=alt.Config.from_dict(THEMES["light"]), spacing=28)
         with alt.data_transformers.enable("default", max_rows=None):
@@ -121,6 +123,7 @@ def evidence_figures(statistics: Sequence[Statistic]) -> tuple[Figure, ...]:
     }
     reading = "Each tensor has a line of its own, the first on top: a dot is measured, a bar the 90 % range of chance."
     return tuple(
+        # Captions are in the order of the flag: False is one delta, True is over the steps.
         Figure(name, f"{caption} {reading}", tuple(_evidence_panel(one) for one in shown), columns=3)
         for over_time, (name, caption) in enumerate(captions.items())
         if (shown := [one for one in statistics if one.over_time == bool(over_time)])
@@ -130,6 +133,7 @@ def evidence_figures(statistics: Sequence[Statistic]) -> tuple[Figure, ...]:
 def _accuracy_panel(study: Study, rate: float, field: str, title: str) -> alt.LayerChart:
     arms = [arm for arm in study.arms if arm.learning_rate == rate]
     rows = [row for arm in arms for row in _curve(arm)]
+    # The scale knows every arm of the study, the legend those of this rate: colours agree between panels.
     names, here = _order(study.arms), _order(arms)
     x = alt.X(f"{field}:Q", title=title, axis=alt.Axis(grid=False, tickCount=6))
     scale = alt.Scale(domain=_span(arms), nice=False)
@@ -141,6 +145,7 @@ def _accuracy_panel(study: Study, rate: float, field: str, title: str) -> alt.La
     band = chart.mark_area(opacity=0.14).encode(
         alt.Y("ci_low:Q", scale=scale, title="test accuracy"), alt.Y2("ci_high:Q")
     )
+    # Left alone, a line is sorted along x, where a leap and its checkpoint tie.
     line = chart.mark_line(strokeWidth=2.5).encode(strokeDash=dash, order="index:Q")
     tooltip = _tooltips("arm", "step", "wall_s", "accuracy", "ci_low", "ci_high")
     points = chart.mark_point(filled=True, size=40, opacity=1).encode(shape=shape, tooltip=tooltip)
@@ -176,6 +181,7 @@ def _span(arms: Sequence[Arm]) -> list[float]:
 def _reward_panel(run: Run) -> alt.LayerChart:
     rows = [{"step": row.step, "reward": row.reward} for row in run.metrics if row.reward is not None]
     rows = rows[:: 1 + len(rows) // MOST_POINTS]
+    # Half of the window to each side: a tenth of the run in all.
     half = max(1, len(rows) // 20)
     base = alt.Chart(alt.Data(values=rows)).encode(
         x=alt.X("step:Q", title="optimizer steps", axis=alt.Axis(grid=False, tickCount=6))
@@ -198,6 +204,7 @@ def _evidence_panel(statistic: Statistic) -> alt.LayerChart:
     scale = alt.Scale(domain=[max(-1.0, lowest), 1.0], clamp=True, nice=False)
     value = alt.X("value:Q", scale=scale, axis=alt.Axis(tickCount=5), title=None)
     y = alt.Y("row:N", sort=order, title=None, scale=alt.Scale(domain=order, paddingInner=0.25))
+    # The domain of a single tensor would have no width.
     offset = alt.YOffset("place:Q", scale=alt.Scale(domain=[0, max(1, len(dots) - 1)]))
     nulls = alt.Chart(alt.Data(values=bars)).encode(y, offset, tooltip=_tooltips("tensor", "low", "high"))
     thick = max(1.0, min(4.0, 60 / len(dots)))

@@ -15,6 +15,7 @@ import vl_convert
 from rankleap.report.figures import THEMES, Figure
 from rankleap.report.sections import Section
 
+# Vega turns its expressions into functions, which the policy calls eval; pictures replace charts without scripts.
 _PAGE = Template("""<!doctype html>
 <html lang="en">
 <head>
@@ -96,6 +97,7 @@ def render(title: str, sections: Sequence[Section]) -> str:
         title=escape(title),
         style=_STYLE,
         body="\n".join(_section(section) for section in sections),
+        # A "</script>" inside a value would end the block; \u003c is the same character to JSON.
         charts=json.dumps({"themes": THEMES, "specs": specs}, allow_nan=False).replace("<", "\\u003c"),
         script=_script(),
     )
@@ -106,6 +108,7 @@ def _script() -> str:
     """Bundle the page's own lines with Vega, Vega-Lite (as the definitions ask, such as v6.4.1) and Vega-Embed."""
     major, minor, *_ = alt.SCHEMA_VERSION.removeprefix("v").split(".")
     bundle = vl_convert.javascript_bundle(_SCRIPT, vl_version=f"{major}.{minor}")
+    # Inside a JavaScript string <\/ means </, but only the first of them leaves the element open.
     return bundle.replace("</script", "<\\/script")
 
 
@@ -126,4 +129,5 @@ def _figure(figure: Figure) -> str:
 
 def _text(plain: str) -> str:
     """Escaped, with a percent sign kept on the line of its number."""
+    # After escaping, or the ampersand of the entity would be escaped as well.
     return escape(plain).replace(" %", "&nbsp;%")

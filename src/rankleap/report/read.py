@@ -24,6 +24,7 @@ from rankleap.records import Estimate
 
 Range = tuple[FiniteFloat, FiniteFloat]
 """5 % and 95 % quantile of a null."""
+# JSON has only text as keys; pydantic reads them back as numbers.
 ByRate = dict[float, FiniteFloat | None]
 """A number for each learning rate."""
 
@@ -127,6 +128,7 @@ class TensorEvidence:
 
     name: str
     share: dict[str, FiniteFloat | None] = field(default_factory=dict)
+    # Empty where the spectrum was not computed, for then there is no Σσ to compare.
     share_null: dict[str, Range | tuple[()] | None] = field(default_factory=dict)
     path: dict[str, FiniteFloat | None] = field(default_factory=dict)
     nulls: dict[str, dict[str, Range | None]] = field(default_factory=dict)
@@ -163,9 +165,11 @@ def read_study(values: object, source: str) -> Study:
 def collect(directories: Sequence[Path]) -> tuple[Group, ...]:
     """Read every directory: one group per study, and one for the runs that no study lists."""
     studies = [_study_group(directory) for directory in directories if (directory / "summary.json").is_file()]
+    # A run given beside the study that lists it would be shown twice.
     listed = {run.path.resolve() for group in studies for run in group.runs}
     alone = []
     for directory in directories:
+        # Resolved, since ``.`` has no name of its own.
         run = _read_run(directory, directory.resolve().name)
         if run is not None and directory.resolve() not in listed:
             alone.append(run)
@@ -202,6 +206,7 @@ def _read_run(directory: Path, name: str) -> Run | None:
         recorded=_steps(trajectory) if trajectory.is_file() else (),
     )
     parts = (run.metrics, run.decisions, run.evaluations, run.evidence, run.recorded)
+    # A run that has only begun holds its recipe and nothing else.
     return run if any(parts) or "train" in run.recipe else None
 
 
@@ -247,6 +252,7 @@ def _checked(kind: Any, value: object, source: str) -> Any:
     try:
         return _adapter(kind).validate_python(value)
     except ValidationError as error:
+        # One is enough: a program wrote the file, and its mistakes repeat in every row.
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole"
         got = "" if first["type"] == "missing" else f", got {str(first['input'])[:80]!r}"

@@ -65,6 +65,7 @@ def _study(study: Study) -> Section:
 
 
 def _runs(group: Group) -> Section:
+    # A run of another trainer has no metrics.jsonl, and then there is no reward to draw.
     rewarded = any(row.reward is not None for run in group.runs for row in run.metrics)
     absent = (f"Listed by the study but not found: {', '.join(group.missing)}.",) if group.missing else ()
     return Section("Runs", absent, (reward_figure(group.runs),) if rewarded else (), tuple(run_tables(group.runs)))
@@ -73,6 +74,7 @@ def _runs(group: Group) -> Section:
 def _evidence_runs(group: Group) -> list[Run]:
     """Of a study its first plain run, for a leap breaks the path; of runs that were given, all."""
     having = [run for run in group.runs if run.evidence]
+    # The sort is stable and False comes first: this is the first run that made no decision.
     return sorted(having, key=lambda run: bool(run.decisions))[:1] if group.study else having
 
 

@@ -70,6 +70,7 @@ def _of_rate(study: Study, rate: float) -> Iterator[str]:
 def _over_rates(study: Study) -> Iterator[str]:
     """Yield the best of each arm over learning rates: a gain at a slow rate may be less than a better rate gives."""
     by_name = {name: [arm for arm in study.arms if arm.name == name] for name in (PLAIN, AVERAGED, LEAP)}
+    # With one rate there was nothing to choose.
     if min(len(by_name[PLAIN]), len(by_name[LEAP])) < 2:
         return
     best = [max(arms, key=lambda arm: arm.accuracy) for arms in by_name.values() if arms]
@@ -83,6 +84,7 @@ def _steps(study: Study, rate: float, plain: Arm, leap: Arm) -> str:
     goal = f"the plain arm's final level ({plain.accuracy if target is None else target:.3f})"
     if leap.steps_to_target is None:
         return f"{opening} did not reach {goal} within its {leap.steps} steps: nothing was saved."
+    # Where a summary lacks the plain arm's arrival, its last step stands for it.
     reference = plain.steps if plain.steps_to_target is None else plain.steps_to_target
     reached = f"{opening} reached {goal} after {leap.steps_to_target:.0f} steps, the plain arm after {reference:.0f}"
     return f"{reached}: {_steps_saved(study.steps_saved_fraction.get(rate))}."
@@ -121,6 +123,7 @@ def _leaps(leap: Arm) -> str:
 def _separation(plain: Arm, leap: Arm) -> str:
     """Compare the ends of two arms by their intervals alone."""
     ends = f"{_end(leap)} for leap and {_end(plain)} for plain"
+    # A paired test would tell more, but intervals are all that a summary holds.
     if leap.ci_low <= plain.ci_high and plain.ci_low <= leap.ci_high:
         return f"The final accuracies, {ends}, are not separated by their intervals."
     return f"The final accuracy is {'higher' if leap.accuracy > plain.accuracy else 'lower'} with leaps: {ends}."

@@ -41,6 +41,7 @@ class Table:
     def csv(self) -> str:
         """The raw values, one row a line."""
         text = io.StringIO()
+        # The module's own line ending is \r\n, unlike that of every other file here.
         writer = csv.DictWriter(text, fieldnames=list(self.rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
@@ -52,6 +53,7 @@ class Table:
         body = "\n".join(f"<tr>{''.join(self._cells(row))}</tr>" for row in self.rows)
         name = escape(self.caption)
         table = f"<table><caption>{name}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        # Focusable, so that a wide table can be scrolled from the keyboard.
         scroll = f'<div class="scroll" tabindex="0" role="region" aria-label="{name}">{table}</div>'
         link = f'<p class="files"><a href="tables/{self.name}.csv">CSV</a></p>'
         return f"<details><summary>{name}</summary>{scroll}{link}</details>" if self.folded else scroll + link
@@ -98,6 +100,7 @@ def evidence_table(run: str, statistics: Sequence[Statistic]) -> Table:
 
 
 def _arms(study: Study) -> Table:
+    # The curve has a table of its own.
     rows = tuple({key: value for key, value in asdict(arm).items() if key != "curve"} for arm in study.arms)
     columns = (
         _text("arm", "name"),
@@ -105,6 +108,7 @@ def _arms(study: Study) -> Table:
         Column("test accuracy", lambda row: _interval(row, "accuracy", "ci_low", "ci_high")),
         _number("steps", "steps"),
         _number("wall-clock, s", "wall_s"),
+        # Absent means that the level was not reached; a dash would read as not measured.
         Column("steps to target", lambda row: _show(row["steps_to_target"], "never")),
         Column("seconds to target", lambda row: _show(row["wall_to_target_s"], "never")),
         Column(
@@ -128,6 +132,7 @@ def _savings(study: Study) -> Table:
             **{key: by.get(rate) for key, by in saved.items()},
         }
         for rate in study.rates()
+        # A rate whose saving is null stays: not having arrived is a result.
         if any(rate in by for by in saved.values())
     ]
     columns = (
@@ -179,8 +184,10 @@ def _runs(runs: Sequence[Run]) -> Table:
 
 
 def _run(run: Run) -> Row:
+    # Only sections are looked into: name and seed are plain values, and leap may be null.
     recipe = {key: value if isinstance(value, dict) else {} for key, value in run.recipe.items()}
     rewards = [row.reward for row in run.metrics if row.reward is not None]
+    # The reward of a single step is mostly noise.
     tenth = max(1, len(rewards) // 10)
     seconds = [row.wall_s for row in run.metrics if row.wall_s is not None]
     return {
@@ -214,6 +221,7 @@ def _decisions(runs: Sequence[Run]) -> Table:
 
 
 def _decision(run: str, one: LeapDecision) -> Row:
+    # With ``proceed_from = "origin"`` a leap is written and training stays on its own path.
     kept = "accepted" if one.taken else "accepted, written only"
     return {
         "run": run,
@@ -237,9 +245,11 @@ def _evaluations(runs: Sequence[Run]) -> Table:
             "problems": one.problems,
             "samples": one.samples,
             **_spread("avg", one.avg),
+            # The largest k alone; the others are in the run's own summary.
             **_spread("pass", one.pass_at.get(max(one.pass_at, default=0))),
             "mean_tokens": one.mean_tokens,
             "truncation_rate": one.truncation_rate,
+            # They score 0 like wrong answers, so they are shown beside the accuracy.
             "grader_failures": one.verdicts.get("timeout", 0) + one.verdicts.get("grader_error", 0),
         }
         for run in runs

@@ -23,6 +23,7 @@ def write_report(directories: Sequence[Path], out: Path) -> Path:
     groups = collect(directories)
     parts: list[Section] = sections(groups)
     with write_aside(out) as aside:
+        # ``write_aside`` gives a path; making this folder makes it a directory.
         (aside / "figures").mkdir(parents=True)
         (aside / "tables").mkdir()
         for part in parts:

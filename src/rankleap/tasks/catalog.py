@@ -6,6 +6,7 @@ from rankleap.errors import UnknownNameError
 from rankleap.tasks.reasoning_gym import ReasoningGym
 from rankleap.tasks.task import Task
 
+# Sizes at which the bundled bases solve some and miss some: equal rewards in a group give no gradient.
 _TWO_DIGITS = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}
 _SHORT_WORDS = {"min_word_len": 5, "max_word_len": 7}
 

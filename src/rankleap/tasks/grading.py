@@ -39,8 +39,11 @@ logger = logging.getLogger(__name__)
 Pair = tuple[str, Problem]
 T = TypeVar("T")
 
+# Enough to make sending cheap, few enough for several workers to end together.
 _CHUNK = 16
+# A first import of a task's libraries can take far longer than any one grade.
 _START_S = 60.0
+# A grader that is broken for good would flood the log; the counts still tell all of it.
 _LOUD = 5
 _MEMORY_BYTES = 4 << 30
 # The parent's sys.path, so that a task importable there is importable here; one thread, for the memory limit is on
@@ -74,8 +77,10 @@ class GraderPool:
         """Return one verdict per pair, in the order given."""
         if self._closed:
             raise RunError(f"the grader pool of task {self.task.name!r} is closed; make a new one")
+        # The threads only wait on sockets, and their map keeps the chunks in order.
         chunks = [pairs[i : i + _CHUNK] for i in range(0, len(pairs), _CHUNK)]
         verdicts = [verdict for graded in self._threads.map(self._grade_chunk, chunks) for verdict in graded]
+        # Updating a Counter from several threads at once loses counts.
         with self._lock:
             self.counts.update(Counter(verdict.how for verdict in verdicts))
         return verdicts
@@ -110,6 +115,7 @@ class _Worker:
         self._faults = 0
         self._process: subprocess.Popen[bytes] | None = None
         try:
+            # In the parent, so that an unsuitable task is refused before any process starts.
             self._task = pickle.dumps(task)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise InputError(f"task {task.name!r} cannot be sent to a grader process: {error}") from None
@@ -118,10 +124,12 @@ class _Worker:
         """Grade a chunk; each round of the loop is one process, and costs at most the one pair that ends it."""
         verdicts: list[Verdict] = []
         while len(verdicts) < len(pairs):
+            # It may also have died between two chunks, when nobody was waiting for it.
             if self._process is None or self._process.poll() is not None:
                 self._start()
             try:
                 self._connection.send((list(pairs[len(verdicts) :]), self._limit_s))
+                # The slice is taken once, before the loop makes ``verdicts`` longer.
                 for _completion, problem in pairs[len(verdicts) :]:
                     if not self._connection.poll(self._limit_s):
                         self.kill()
@@ -129,6 +137,7 @@ class _Worker:
                         break
                     verdict, fault = self._connection.recv()
                     verdicts.append(verdict or self._fault(problem, "grader_error", fault))
+            # The socket closes with the process: the pair it was at is the first without a verdict.
             except (EOFError, OSError):
                 self.kill()
                 fault = "the grader process died"
@@ -139,6 +148,7 @@ class _Worker:
         """End the process if there is one."""
         if self._process is not None:
             self._process.kill()
+            # Killed but not waited for, it would stay as a zombie until the caller ends.
             self._process.wait()
             self._connection.close()
             self._process = None
@@ -155,10 +165,12 @@ class _Worker:
             start_new_session=True,  # Ctrl-C is for the caller; the workers end with it
             env={**os.environ, **_ONE_THREAD},
         )
+        # This copy of the worker's end would keep the socket open after the worker has died.
         theirs.close()
         try:
             self._connection.send(self._task)
             if not self._connection.poll(_START_S):
+                # An OSError too, so the handler below also ends a start that is silent.
                 raise TimeoutError
             fault = self._connection.recv()
         except (EOFError, OSError):
@@ -184,6 +196,7 @@ class _Worker:
 def serve() -> None:
     """Be a worker: load the task, then answer chunks of pairs until the parent closes the socket or is gone."""
     os.dup2(2, 1)  # what a grader prints must not mix with the caller's output
+    # Before the task is loaded, so that loading it is bounded as well.
     _limit_memory()
     connection = Connection(int(sys.argv[2]))
     task, fault = _attempt(pickle.loads, connection.recv())
@@ -192,6 +205,7 @@ def serve() -> None:
         while task is not None:
             pairs, limit_s = connection.recv()
             # A parent that was killed cannot kill: this thread of faulthandler exits even while C code holds the GIL.
+            # One limit more than the pairs can take: a parent that is alive always kills first.
             faulthandler.dump_traceback_later(limit_s * (len(pairs) + 1), exit=True, file=nowhere)
             for completion, problem in pairs:
                 connection.send(_attempt(_grade_one, task, completion, problem))
@@ -223,6 +237,7 @@ class _Guard:
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         if isinstance(error, Exception):
+            # Cut short, for a message may quote a completion of any length.
             self.fault = f"{type(error).__name__}: {error}"[:500]
         return self.fault is not None
 
@@ -233,5 +248,6 @@ def _limit_memory() -> None:
         import resource
 
         hard_bytes = resource.getrlimit(resource.RLIMIT_AS)[1]
+        # A lower limit from outside stands; only a privileged process could raise it.
         if hard_bytes == resource.RLIM_INFINITY or hard_bytes > _MEMORY_BYTES:
             resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, hard_bytes))

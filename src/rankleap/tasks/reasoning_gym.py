@@ -19,6 +19,7 @@ _FIFTHS: tuple[Split, ...] = ("train", "train", "train", "validation", "test")
 
 def split_of(prompt: str) -> Split:
     """Return the split that a prompt belongs to: three fifths train, one validation, one test, by BLAKE2b."""
+    # Not Python's own hash, which differs from one process to the next.
     digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
     return _FIFTHS[int.from_bytes(digest) % len(_FIFTHS)]
 
@@ -43,6 +44,7 @@ class ReasoningGym(Task):
         found: list[Problem] = []
         for prompt, answer in self._distinct() if count > 0 else ():
             if split_of(prompt) == split:
+                # Numbered within the split, so that an id stays the same when more problems are asked for.
                 found.append(Problem(f"{self.name}/{split}/{len(found)}", prompt, answer))
             if len(found) == count:
                 return found
@@ -60,6 +62,7 @@ class ReasoningGym(Task):
             import reasoning_gym
         except ImportError:
             raise MissingExtraError(f"task {self.name!r}", "train") from None
+        # A constant seed, not the recipe's: every run and evaluation must mean the same problems.
         generator = reasoning_gym.create_dataset(self.dataset, seed=0, size=self.draws, **self.params)
         seen: set[str] = set()
         for index in range(self.draws):

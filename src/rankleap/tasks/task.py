@@ -14,7 +14,9 @@ from typing import Final
 from rankleap.records import Problem, Split, Verdict
 
 MARKER: Final = "Answer:"
+# Digits are bounded, so arithmetic on them is too; ASCII, because \d takes those of every script.
 _NUMBER: Final = re.compile(r"[+-]?\d{1,64}(\.\d{1,64})?", re.ASCII)
+# Commas only where thousands go: 1,5 is not 15.
 _GROUPED: Final = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d{1,64})?", re.ASCII)
 
 
@@ -35,6 +37,7 @@ class Task(ABC):
 
 def final_answer(completion: str) -> str | None:
     """Return the text after the last ``Answer:``, spaces collapsed, or None where there is none."""
+    # The last marker, since reasoning may name other candidates on the way.
     _, marker, tail = completion.rpartition(MARKER)
     lines = tail.strip().splitlines()
     return " ".join(lines[0].split()) if marker and lines else None

@@ -47,6 +47,7 @@ def check(recipe: Recipe) -> None:
         ("task.name", lambda: get_task(recipe.task.name)),
         ("adapter.method", lambda: get_adapter(recipe.adapter.method)),
         ("algorithm.name", lambda: algorithm_settings(recipe.algorithm)),
+        # Last, for a base on the Hub is downloaded here.
         ("model.base", lambda: resolve_base(recipe.model.base)),
     ]
     for where, look_up in checks:
@@ -65,6 +66,7 @@ def build(recipe: Recipe, out: Path, callbacks: Sequence[TrainerCallback] = ()) 
         torch.set_num_threads(recipe.train.threads)
     set_seed(recipe.seed)  # the adapter's random initialisation comes before the trainer seeds itself
     base = resolve_base(recipe.model.base)
+    # Said, since Transformers otherwise takes the file's dtype, and bf16 swallows RL's small updates.
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, recipe.model.dtype))
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base)
     total = sum(p.numel() for p in model.parameters())
@@ -76,11 +78,13 @@ def build(recipe: Recipe, out: Path, callbacks: Sequence[TrainerCallback] = ()) 
         model=model,
         reward_funcs=_reward(pool, problems),
         args=trl_config(recipe, out),
+        # Problems travel by id, so the answers stay with the grader.
         train_dataset=Dataset.from_list([{"prompt": p.prompt, "problem_id": p.id} for p in problems]),
         processing_class=tokenizer,
         peft_config=adapter.config(recipe.adapter, targets),
         callbacks=list(callbacks),
     )
+    # The trainer injects the adapter and may wrap the model: only what it holds now will train.
     live = trainer.accelerator.unwrap_model(trainer.model)
     return Built(trainer, pool, targets, require_injected(live, adapter, targets), total)
 
@@ -99,11 +103,13 @@ def trl_config(recipe: Recipe, out: Path) -> GRPOConfig:
         "learning_rate": train.learning_rate,
         "lr_scheduler_type": train.schedule,
         "warmup_steps": train.warmup_steps,
+        # Decay moves weights without any reward, and a trajectory would record it as learning.
         "weight_decay": 0.0,
         "max_grad_norm": train.max_grad_norm,
         "gradient_checkpointing": train.gradient_checkpointing,
         "max_completion_length": train.max_completion_tokens,
         "temperature": train.temperature,
+        # Truncated sampling would draw from another distribution than the one whose log-probabilities train.
         "top_p": 1.0,
         "top_k": 0,
         "beta": recipe.algorithm.beta,
@@ -115,7 +121,9 @@ def trl_config(recipe: Recipe, out: Path) -> GRPOConfig:
         "run_name": recipe.name,
         "seed": recipe.seed,
         "data_seed": recipe.seed,
+        # Evaluation samples on CPU and CUDA alone, so other accelerators are left aside.
         "use_cpu": not torch.cuda.is_available(),
+        # TRL's default is bf16, so a float32 run has to say no.
         "bf16": recipe.model.dtype == "bfloat16",
         "disable_tqdm": True,
         "remove_unused_columns": False,
@@ -126,6 +134,7 @@ def trl_config(recipe: Recipe, out: Path) -> GRPOConfig:
 def _reward(pool: GraderPool, problems: Sequence[Problem]) -> Callable[..., list[float | None]]:
     by_id = {problem.id: problem for problem in problems}
 
+    # TRL passes every column of the dataset by name, and state of its own.
     def reward(completions: list[str], problem_id: list[str], **_: object) -> list[float | None]:
         pairs = [(text, by_id[which]) for text, which in zip(completions, problem_id, strict=True)]
         return [verdict.score for verdict in pool.grade(pairs)]

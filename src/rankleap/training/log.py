@@ -15,6 +15,7 @@ from rankleap.files import append_jsonl, read_jsonl, write_text
 NAMES = {
     "reward": "reward",
     "reward_std": "reward_std",
+    # Share of groups whose rewards are all equal: they give no gradient.
     "frac_reward_zero_std": "no_signal",
     "loss": "loss",
     "grad_norm": "grad_norm",

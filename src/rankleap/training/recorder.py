@@ -42,6 +42,7 @@ class TrajectoryRecorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Open the recording; after a resume, forget the steps that will be taken again."""
+        # Under data parallelism all processes hold the same weights, so one of them writes.
         if not state.is_world_process_zero:
             return
         model = _live(kwargs)
@@ -79,6 +80,7 @@ def _live(kwargs: dict[str, object]) -> nn.Module:
 
 
 def _names(model: nn.Module, base: FullCheckpoint) -> list[str]:
+    # A tied head is listed once, as in the base's file.
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     require_same_shapes(shapes, base, Path("the live model"))
     return list(shapes)
@@ -93,6 +95,7 @@ def _adapter_deltas(model: PeftModel, base: FullCheckpoint) -> Iterator[tuple[st
     """Deltas through PEFT's own writer, so that the live adapter and a saved one are read by the same code."""
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
+        # Its tensors are read one by one, so the directory has to outlive the last of them.
         adapter = AdapterCheckpoint(Path(directory))
         for name in adapter.shapes:
             yield name, adapter.delta(name, base)

@@ -64,12 +64,14 @@ class Leaper(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start afresh, or go back to exactly where the run stood: with the leap of this step applied, or yet to be tried."""
+        # Fails now, not at the first step that is due, where the recipe has no [leap].
         self._leap_settings()
         self._problems = get_task(self.recipe.task.name).problems("validation", self.recipe.task.validation_problems)
         self._base, self._file = self._open_base(kwargs["model"], state.global_step)
         train, base = self.recipe.train, resolve_base(self.recipe.model.base)
         self._sampling = Sampling(train.temperature, max_new_tokens=train.max_completion_tokens)
         self._reference = BaseReference(base, self._sampling, self.recipe.seed)
+        # Attempts at steps that will be taken again are forgotten with them.
         made = [row for row in self.decisions() if row["step"] <= state.global_step]
         write_text(self.out / "leaps" / DECISIONS, "")
         for row in made:
@@ -103,6 +105,7 @@ class Leaper(TrainerCallback):
         if not isinstance(model, PeftModel):
             return FullCheckpoint(resolve_base(self.recipe.model.base)), None
         start = self.out / "leaps" / "start"
+        # On a resume the live adapter is no longer the initial one.
         if step == 0:
             with write_aside(start) as aside:
                 model.save_pretrained(str(aside))
@@ -112,6 +115,7 @@ class Leaper(TrainerCallback):
         settings = self._leap_settings()
         gate = GateSettings(settings.confidence, settings.max_norm_ratio, settings.max_kl)
         candidates = Candidates(settings.methods, settings.windows, settings.coefficients)
+        # From disk: a leap is held against the very weights that a resume would load.
         origin = FullCheckpoint(self.out / "checkpoints" / f"checkpoint-{step}", self._file)
         with _aside_of_training(kwargs["model"]):
             score = self._scorer(step, origin, kwargs)
@@ -122,7 +126,9 @@ class Leaper(TrainerCallback):
             if directory is not None and taken:
                 self._go_on_from(self.out / directory, kwargs)
             else:
+                # Scoring has left a candidate's weights in the live model.
                 _load(kwargs["model"], ((name, origin.weight(name)) for name in origin.shapes))
+        # After the leap is on disk: a kill in between makes the attempt again.
         append_jsonl(self.out / "leaps" / DECISIONS, _row(decision, directory, taken))
         self._forget_old()
 
@@ -135,6 +141,7 @@ class Leaper(TrainerCallback):
 
     def _trajectory(self, step: int, origin: FullCheckpoint) -> CheckpointTrajectory:
         """Checkpoints since the last leap that training went on from; that leap itself is the first of them."""
+        # The jump itself is no step of training and would be read as speed, so the path starts anew after it.
         taken = [row for row in self.decisions() if row["taken"] and row["step"] < step]
         start = taken[-1]["step"] if taken else 0
         points = {start: FullCheckpoint(self.out / taken[-1]["directory"], self._file) if taken else self._base}
@@ -146,6 +153,7 @@ class Leaper(TrainerCallback):
         self, step: int, origin: FullCheckpoint, kwargs: dict[str, Any]
     ) -> Callable[[Leap | None, Sequence[Problem]], NDArray[np.float64]]:
         model, tokenizer, sampling = kwargs["model"], kwargs["processing_class"], self._sampling
+        # Leap and origin share a seed, which couples their samples; each step has its own, so no luck lasts.
         seed = self.recipe.seed + GATE_SEED_OFFSET * step
         samples = self._leap_settings().samples
 
@@ -197,6 +205,7 @@ def leap_is_missing(recipe: Recipe, out: Path) -> bool:
 @contextmanager
 def _aside_of_training(model: nn.Module) -> Iterator[None]:
     """Leave the random state, the mode and the gradient switch as training had them."""
+    # The rollouts that follow must be those of a run in which nothing was tried.
     training = model.training
     with torch.random.fork_rng(), torch.no_grad():
         yield

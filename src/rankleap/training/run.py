@@ -57,6 +57,7 @@ def train(recipe: Recipe, out: Path, *, source: str | None = None, callbacks: Se
     check(recipe)
     _require_same_run(recipe, out)
     resume_from = _resumable(out)
+    # Killed between its last checkpoint and the leap due there, a run still has work to do.
     if resume_from and _step(resume_from) >= recipe.train.steps and not leap_is_missing(recipe, out):
         log.info("%s is complete at step %d", out, recipe.train.steps)
         return out
@@ -75,6 +76,7 @@ def _run(
         _describe(recipe, out, source, built)
         for callback in _callbacks(recipe, out, built, callbacks):
             built.trainer.add_callback(callback)
+        # Without tqdm Transformers prints its logs instead; they are in metrics.jsonl.
         built.trainer.remove_callback(PrinterCallback)
         built.trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     except DiskSpaceError:
@@ -112,6 +114,7 @@ def plan(recipe: Recipe, scratch: Path, measure_steps: int = 3) -> Plan:
             if built.total <= MEASURED_UP_TO or torch.cuda.is_available():
                 built.trainer.add_callback(clock)
                 built.trainer.remove_callback(PrinterCallback)
+                # The trainer saves at its last step whatever save_steps says.
                 built.trainer.args.save_strategy = "no"
                 built.trainer.train()
         finally:
@@ -132,6 +135,7 @@ class _Clock(TrainerCallback):
 
 def _plan(recipe: Recipe, built: Built, step_s: float | None) -> Plan:
     train = recipe.train
+    # Rounded up, for the last step is saved too.
     saves = -(-train.steps // train.save_every)
     leaps = train.steps // recipe.leap.every if recipe.leap else 0
     kept, kept_leaps = (min(made, train.keep_checkpoints or made) for made in (saves, leaps))
@@ -144,6 +148,7 @@ def _plan(recipe: Recipe, built: Built, step_s: float | None) -> Plan:
 
 def _callbacks(recipe: Recipe, out: Path, built: Built, more: Sequence[TrainerCallback]) -> list[TrainerCallback]:
     recorder = TrajectoryRecorder(out / "trajectory", recipe.model.base, recipe.record.rank)
+    # The recorder comes before the leaper: factors of a step are those that training reached.
     leaper = [Leaper(recipe, out, built.pool)] if recipe.leap else []
     return [MetricsLog(out / "metrics.jsonl"), recorder, *leaper, *more]
 
@@ -162,6 +167,7 @@ def _describe(recipe: Recipe, out: Path, source: str | None, built: Built) -> No
         trainable=built.trainable,
         seed=recipe.seed,
     )
+    # Last, since its presence says that the rest is described.
     write_json(out / "config.json", resolved)
 
 
@@ -188,6 +194,7 @@ def _get(section: object, key: str) -> object:
 def _resumable(out: Path) -> Path | None:
     """The newest checkpoint that was written to its end; the trainer writes ``trainer_state.json`` last. Others are removed."""
     complete: list[Path] = []
+    # By number: as text, checkpoint-100 comes before checkpoint-20.
     for path in sorted((out / "checkpoints").glob("checkpoint-*"), key=_step):
         try:
             json.loads((path / "trainer_state.json").read_text())

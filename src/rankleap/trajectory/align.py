@@ -41,9 +41,11 @@ def align(triplets: Sequence[tuple[Tensor, Tensor, Tensor]]) -> AlignedFactors:
     for left, sigma, right in reversed(triplets[:-1]):
         next_left_MR, _, next_right_RN, _ = aligned[-1]
         cos_left_RR, cos_right_RR = next_left_MR.T @ left, next_right_RN @ right.T
+        # One to one: each triplet's own best partner could be the same for two of them.
         _, partner = linear_sum_assignment(-(cos_left_RR * cos_right_RR).abs().numpy())
         order = torch.from_numpy(partner)
         cos_left_R, cos_right_R = (cos_RR.gather(1, order[:, None])[:, 0] for cos_RR in (cos_left_RR, cos_right_RR))
+        # The sum has the sign of the clearer of the two cosines.
         sign_R = torch.where(cos_left_R + cos_right_R < 0, -1.0, 1.0)
         cos_R = (cos_left_R * cos_right_R).clamp_min(0).sqrt()
         aligned.append((left[:, order] * sign_R, sigma[order], right[order] * sign_R[:, None], cos_R))

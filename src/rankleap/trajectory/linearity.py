@@ -24,6 +24,7 @@ from torch import Tensor
 from rankleap.errors import TrajectoryError
 from rankleap.lowrank import temporal_basis
 
+# Of three steps two would carry the line and one alone would score it.
 NEEDS = 4
 NULL_DIMENSIONS = 2048
 """Coordinates of a simulated null at most. Far above T its means stay as they are and its ranges narrow, so few are cautious."""
@@ -75,6 +76,7 @@ def line_weights(step_T: Tensor, at: float) -> Tensor:
     """Weights h_T such that Σ h_t y_t is the least-squares line through (step_t, y_t), evaluated at ``at``."""
     centred_T = step_T - step_T.mean()
     spread = (centred_T**2).sum()
+    # A single step has no slope, and its line is level.
     slope_T = centred_T / spread if spread > 0 else torch.zeros_like(step_T)
     return torch.full_like(step_T, 1 / len(step_T)) + slope_T * (at - step_T.mean())
 
@@ -96,10 +98,12 @@ def _lines(steps: Sequence[int]) -> _Lines:
         )
     step_T = torch.tensor(steps, dtype=torch.float64)
     seen = max(2, 2 * len(steps) // 3)
+    # Rows of weights over the deltas: an error is such a sum too, with the square eᵀ G e.
     later_LT = torch.eye(len(steps), dtype=torch.float64)[seen:]
     fitted_LT = torch.zeros_like(later_LT)
     fitted_LT[:, :seen] = torch.stack([line_weights(step_T[:seen], float(at)) for at in step_T[seen:]])
     still_LT = later_LT.clone()
+    # Standing still means the last step that was seen.
     still_LT[:, seen - 1] -= 1
     return _Lines(torch.stack([line_weights(step_T, float(at)) for at in step_T]), later_LT - fitted_LT, still_LT)
 
@@ -138,7 +142,9 @@ def _noise(gram_TT: Tensor, generator: torch.Generator, dimensions: int) -> Tens
 
 def _walk(gram_TT: Tensor, generator: torch.Generator, dimensions: int) -> Tensor:
     """A walk without drift whose increments have the sizes that the path's have."""
+    # A row and a column of zeros for the base, where the walk starts.
     padded = torch.nn.functional.pad(gram_TT, (1, 0, 1, 0))
+    # ‖Δ_t - Δ_{t-1}‖² = G_tt + G_{t-1,t-1} - 2 G_{t-1,t}.
     square_T = (padded.diagonal()[1:] + padded.diagonal()[:-1] - 2 * padded.diagonal(1)).clamp_min(0)
     increment_TD = torch.randn(len(gram_TT), dimensions, dtype=torch.float64, generator=generator)
     increment_TD = increment_TD / increment_TD.norm(dim=1, keepdim=True) * square_T.sqrt()[:, None]

@@ -96,6 +96,7 @@ class RecordedTrajectory(Trajectory):
             return parts["vector"]
         if "left" in parts:
             return LowRank(parts["left"] * parts["sigma"], parts["right"])
+        # A product of rank 0, so that its sum with other products stays a product.
         return torch.zeros(shape) if len(shape) != 2 else LowRank(torch.zeros(shape[0], 0), torch.zeros(0, shape[1]))
 
     def until(self, step: int) -> "RecordedTrajectory":

@@ -61,6 +61,7 @@ class Recording:
         """Forget steps after ``step``: a run that resumes there will write them again."""
         steps = self.steps()
         if any(s > step for s in steps):
+            # The files stay: the index alone says what is recorded, and each is replaced when its step returns.
             self._write_index([s for s in steps if s <= step])
 
     def size_bytes(self) -> int:
@@ -100,6 +101,7 @@ def _parts(name: str, delta: Delta, rank: int) -> dict[str, torch.Tensor]:
     if len(delta.shape) != 2:
         return {f"{name}|vector": dense(delta).contiguous()}
     factors: Factors = factorise(delta, rank)
+    # A tensor knows no null, so an unknown Σσ is NaN.
     norms = [factors.norm, float("nan") if factors.nuclear is None else factors.nuclear]
     return {
         f"{name}|left": factors.left_MR,
