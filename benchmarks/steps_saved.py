@@ -21,6 +21,7 @@ from rankleap.arena.demo import RATES, STEPS, make_arm
 from rankleap.cluster import map_over
 from rankleap.files import machine, versions, write_json
 
+ARMS = ("plain", "leap", "plain, decayed")
 MEASURES = (
     "steps_saved_fraction",
     "wall_saved_fraction",
@@ -29,10 +30,9 @@ MEASURES = (
 )
 
 
-def arms_of(task: str, seed: int, out: Path) -> list[Arm]:
-    """Plain, plain with a decayed rate, and leap at every learning rate."""
-    here = out / task / f"seed-{seed}"
-    return [make_arm(here, name, task, rate, seed) for rate in RATES for name in ("plain", "leap", "plain, decayed")]
+def arms_of(task: str, seed: int, out: Path, rates: list[float], names: list[str]) -> list[Arm]:
+    """The named arms at every learning rate."""
+    return [make_arm(out / task / f"seed-{seed}", name, task, rate, seed) for rate in rates for name in names]
 
 
 def interval(values: list[float]) -> tuple[float, float | None, float | None]:
@@ -44,23 +44,20 @@ def interval(values: list[float]) -> tuple[float, float | None, float | None]:
     return mean, mean - half, mean + half
 
 
-def table(per_seed: dict[tuple[str, int], dict[str, Any]], tasks: list[str], seeds: list[int]) -> list[dict[str, Any]]:
+def table(per_seed: dict[tuple[str, int], dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per task, learning rate and measure; seeds in which the leap arm never arrives are counted, not dropped."""
     rows = []
-    for task in tasks:
-        for rate in RATES:
-            for measure in MEASURES:
-                found = [per_seed[task, seed][measure][f"{rate:g}"] for seed in seeds]
+    seeds_of: dict[str, list[int]] = {}
+    for task, seed in per_seed:
+        seeds_of.setdefault(task, []).append(seed)
+    for task, seeds in seeds_of.items():
+        for measure in MEASURES:
+            for rate in per_seed[task, seeds[0]][measure]:
+                found = [per_seed[task, seed][measure][rate] for seed in seeds]
                 arrived = [value for value in found if value is not None]
-                row = {
-                    "task": task,
-                    "learning_rate": rate,
-                    "measure": measure,
-                    "seeds": len(seeds),
-                    "arrived": len(arrived),
-                }
+                row = {"task": task, "learning_rate": float(rate), "measure": measure, "seeds": len(seeds)}
                 mean, low, high = interval(arrived) if arrived else (None, None, None)
-                rows.append({**row, "mean": mean, "low": low, "high": high, "each": found})
+                rows.append({**row, "arrived": len(arrived), "mean": mean, "low": low, "high": high, "each": found})
     return rows
 
 
@@ -69,16 +66,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=["sums", "backward"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--rates", nargs="+", type=float, default=list(RATES))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--out", type=Path, default=Path("runs/steps_saved"))
     parser.add_argument("--workers", type=int, default=2)
     asked = parser.parse_args()
-    jobs = [(task, seed, arm) for seed in asked.seeds for task in asked.tasks for arm in arms_of(task, seed, asked.out)]
+    jobs = [
+        (task, seed, arm)
+        for seed in asked.seeds
+        for task in asked.tasks
+        for arm in arms_of(task, seed, asked.out, asked.rates, asked.arms)
+    ]
     results = map_over(run_arm, [arm for _, _, arm in jobs], asked.workers)
     rows: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for (task, seed, _), found in zip(jobs, results, strict=True):
         rows.setdefault((task, seed), []).extend(found)
     per_seed = {key: summarise(found) for key, found in rows.items()}
-    lines = table(per_seed, asked.tasks, asked.seeds)
+    lines = table(per_seed)
     for line in lines:
         if line["mean"] is None:
             shown = "never reached"
@@ -88,7 +92,7 @@ def main() -> None:
         each = ", ".join("never" if value is None else f"{value:+.2f}" for value in line["each"])
         print(f"{line['task']:>9} {line['learning_rate']:>8g} {line['measure']:<34} {shown:<24} seeds: {each}")
     final = {f"{task}/seed-{seed}": found for (task, seed), found in per_seed.items()}
-    steps = {f"{rate:g}": STEPS[rate] for rate in RATES}
+    steps = {f"{rate:g}": STEPS[rate] for rate in asked.rates}
     facts = {"steps": steps, "table": lines, "studies": final, "machine": machine(), "versions": versions()}
     write_json(asked.out / "summary.json", facts)
 

@@ -16,7 +16,7 @@ from rankleap.errors import RecipeError
 
 
 class _Section(BaseModel):
-    # TOML can say inf and nan, which would pass a lower bound or poison a mean.
+    # TOML can say inf and nan, and inf passes every lower bound.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 

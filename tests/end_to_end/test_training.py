@@ -124,6 +124,18 @@ def test_a_killed_run_resumes_to_the_same_numbers(finished: tuple[Recipe, Path],
         assert torch.equal(dense(last[0].delta(name, base)), dense(last[1].delta(name, base)))
 
 
+def test_a_run_that_only_writes_its_leaps_resumes_on_its_own_path(tmp_path: Path) -> None:
+    chosen = recipe(leap__proceed_from="origin", leap__every=2, leap__windows=[2])
+    whole = train(chosen, tmp_path / "whole")
+    assert any(row["accepted"] for row in read_jsonl(whole / "leaps" / "decisions.jsonl"))
+    assert not any(row["taken"] for row in read_jsonl(whole / "leaps" / "decisions.jsonl"))
+    accepted = next(row["step"] for row in read_jsonl(whole / "leaps" / "decisions.jsonl") if row["accepted"])
+    with pytest.raises(KeyboardInterrupt):
+        train(chosen, tmp_path / "run", callbacks=[KillAfter(min(accepted, STEPS - 1))])
+    train(chosen, tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(whole)
+
+
 def test_a_kill_between_checkpoint_and_leap_makes_the_leap_again(finished: tuple[Recipe, Path], tmp_path: Path) -> None:
     chosen, whole = finished
     shutil.copytree(whole, tmp_path / "run")

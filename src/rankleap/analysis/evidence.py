@@ -61,7 +61,7 @@ def _share_null(shape: tuple[int, ...], rank: int, generator: torch.Generator) -
         if rank == min(shape):
             null: Delta = torch.randn(rows, columns, generator=generator)
         else:
-            # The product of two Gaussian factors, as an adapter's delta is: its spectrum is steeper than a matrix's.
+            # Two Gaussian factors, as an adapter has: the spectrum of their product is not a Gaussian matrix's.
             null = LowRank(
                 torch.randn(rows, rank, generator=generator), torch.randn(rank, columns, generator=generator)
             )

@@ -149,7 +149,6 @@ def _show(done: "dict[str, Evaluation]", title: str, as_json: bool) -> None:
                 "truncated": f"{line['truncation_rate']:.1%}",
             }
         )
-    # They were scored as wrong, so a reader has to know how many there are.
     failures = sum(line["verdicts"].get(how, 0) for line in summaries.values() for how in ("timeout", "grader_error"))
     failed = f"; the grader failed {failures} times, scored 0" if failures else ""
     problems = summaries[first]["problems"]

@@ -42,7 +42,7 @@ def extras(need: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         top = (error.name or "").partition(".")[0]
-        # Any other missing module is a fault of ours, not an extra to install.
+        # Any other missing module is a broken installation, not an extra to add.
         if top not in _EXTRA_OF:
             raise
         raise MissingExtraError(need, _EXTRA_OF[top]) from None

@@ -58,7 +58,6 @@ def _summary(directory: Path) -> dict[str, object]:
     from rankleap.files import read_jsonl
 
     rows = read_jsonl(directory / "metrics.jsonl")
-    # The reward of a single step is too noisy to print.
     last = rows[-10:]
     mean_reward = sum(row["reward"] for row in last) / len(last)
     facts = {"run": str(directory), "step": rows[-1]["step"], "reward (last 10 steps)": round(mean_reward, 4)}

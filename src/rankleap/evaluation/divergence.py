@@ -46,7 +46,6 @@ def forward_kl(
             kl_N = _token_kl(base_model, model, batch)
             sums.index_add_(0, owner_N, kl_N)
             counts.index_add_(0, owner_N, torch.ones_like(kl_N))
-    # Asked of the sums, where a NaN of any token has to show.
     if not sums.isfinite().all():
         raise NotFiniteError("forward KL is not finite: a model gives NaN or infinite logits; look at its weights")
     return ratio_of_sums(sums.numpy(), counts.numpy())

@@ -129,7 +129,6 @@ def _blocks(lacking: Sequence[Problem], saved: dict[str, list[Sample]], k: int) 
 def _block_seed(seed: int, have: int, block: Sequence[Problem]) -> int:
     """A seed of its own for each draw: filling up with the first seed again would repeat the first samples."""
     ids = "\n".join(problem.id for problem in block)
-    # Seven bytes, so that the seed is also a positive signed 64-bit integer.
     return int.from_bytes(hashlib.blake2b(f"{seed} {have} {ids}".encode(), digest_size=7).digest())
 
 

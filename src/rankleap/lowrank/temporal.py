@@ -31,7 +31,6 @@ class TemporalBasis:
 
 def gram(deltas: Sequence[Delta]) -> Tensor:
     """G of one tensor's deltas, T × T, float64."""
-    # float64: late deltas differ by far less than their own size, and a straight path shows in that.
     gram_TT = torch.empty(len(deltas), len(deltas), dtype=torch.float64)
     for s, first in enumerate(deltas):
         for t, second in enumerate(deltas[: s + 1]):

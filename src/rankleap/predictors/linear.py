@@ -50,7 +50,7 @@ class Window(Predictor):
         step_T = torch.tensor(trajectory.steps, dtype=torch.float64)
         half = (len(step_T) - first) // 2
         early_T, late_T = torch.zeros_like(step_T), torch.zeros_like(step_T)
-        # ``needs`` keeps half above zero, where -0 would take everything.
+        # At least one on each side, since ``needs`` is 2.
         early_T[first : first + half], late_T[-half:] = 1 / half, 1 / half
         # Steps between the centres of the two halves, whatever the spacing.
         apart = float((late_T - early_T) @ step_T)

@@ -40,6 +40,5 @@ class Relex(Predictor):
         basis = temporal_basis(gram(deltas))
         # The intercept stays, as published: the line need not pass through the base.
         at_zero, at_one = (float(line_weights(step_T[first:], at) @ basis.coords_TR[:, 0]) for at in (0.0, 1.0))
-        # Steps before the window weigh nothing.
         mix_T = torch.nn.functional.pad(basis.mix_RT[0], (first, 0))
         return Line(at_zero * mix_T, (at_one - at_zero) * mix_T)

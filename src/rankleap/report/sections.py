@@ -50,7 +50,8 @@ def _of_group(group: Group) -> Iterator[Section]:
         numbers = statistics(run.evidence)
         if numbers:
             sentence = evidence_sentence(run.name, numbers)
-            figures, tables = evidence_figures(numbers), (evidence_table(run.name, numbers),)
+            table = evidence_table(run.name, numbers)
+            figures, tables = evidence_figures(numbers), (table,) if table.rows else ()
             yield Section(
                 f"What training did to the weights: {run.name}", (sentence,) if sentence else (), figures, tables
             )

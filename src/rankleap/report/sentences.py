@@ -70,7 +70,6 @@ def _of_rate(study: Study, rate: float) -> Iterator[str]:
 def _over_rates(study: Study) -> Iterator[str]:
     """Yield the best of each arm over learning rates: a gain at a slow rate may be less than a better rate gives."""
     by_name = {name: [arm for arm in study.arms if arm.name == name] for name in (PLAIN, AVERAGED, LEAP)}
-    # With one rate there was nothing to choose.
     if min(len(by_name[PLAIN]), len(by_name[LEAP])) < 2:
         return
     best = [max(arms, key=lambda arm: arm.accuracy) for arms in by_name.values() if arms]

@@ -100,7 +100,6 @@ def evidence_table(run: str, statistics: Sequence[Statistic]) -> Table:
 
 
 def _arms(study: Study) -> Table:
-    # The curve has a table of its own.
     rows = tuple({key: value for key, value in asdict(arm).items() if key != "curve"} for arm in study.arms)
     columns = (
         _text("arm", "name"),

@@ -39,7 +39,6 @@ logger = logging.getLogger(__name__)
 Pair = tuple[str, Problem]
 T = TypeVar("T")
 
-# Enough to make sending cheap, few enough for several workers to end together.
 _CHUNK = 16
 # A first import of a task's libraries can take far longer than any one grade.
 _START_S = 60.0
@@ -77,7 +76,6 @@ class GraderPool:
         """Return one verdict per pair, in the order given."""
         if self._closed:
             raise RunError(f"the grader pool of task {self.task.name!r} is closed; make a new one")
-        # The threads only wait on sockets, and their map keeps the chunks in order.
         chunks = [pairs[i : i + _CHUNK] for i in range(0, len(pairs), _CHUNK)]
         verdicts = [verdict for graded in self._threads.map(self._grade_chunk, chunks) for verdict in graded]
         # Updating a Counter from several threads at once loses counts.
@@ -196,7 +194,6 @@ class _Worker:
 def serve() -> None:
     """Be a worker: load the task, then answer chunks of pairs until the parent closes the socket or is gone."""
     os.dup2(2, 1)  # what a grader prints must not mix with the caller's output
-    # Before the task is loaded, so that loading it is bounded as well.
     _limit_memory()
     connection = Connection(int(sys.argv[2]))
     task, fault = _attempt(pickle.loads, connection.recv())

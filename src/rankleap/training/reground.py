@@ -77,7 +77,7 @@ class Leaper(TrainerCallback):
         for row in made:
             append_jsonl(self.out / "leaps" / DECISIONS, row)
         here = [row for row in made if row["step"] == state.global_step]
-        if here and here[0]["accepted"]:
+        if here and here[0]["taken"]:
             self._go_on_from(self.out / here[0]["directory"], kwargs)
         elif not here and self._due(state.global_step):
             self._attempt(state.global_step, kwargs)
@@ -126,7 +126,7 @@ class Leaper(TrainerCallback):
             if directory is not None and taken:
                 self._go_on_from(self.out / directory, kwargs)
             else:
-                # Scoring has left a candidate's weights in the live model.
+                # Scoring swaps the live weights, and which it leaves there is the search's own affair.
                 _load(kwargs["model"], ((name, origin.weight(name)) for name in origin.shapes))
         # After the leap is on disk: a kill in between makes the attempt again.
         append_jsonl(self.out / "leaps" / DECISIONS, _row(decision, directory, taken))

@@ -67,7 +67,7 @@ class Recording:
     def size_bytes(self) -> int:
         """Bytes that one step takes at most."""
         numbers = sum(
-            self.rank * (shape[0] + shape[1] + 2) + 1 if len(shape) == 2 else torch.Size(shape).numel()
+            self.rank * (shape[0] + shape[1] + 2) + 2 if len(shape) == 2 else torch.Size(shape).numel()
             for shape in self.shapes.values()
         )
         return 4 * numbers
