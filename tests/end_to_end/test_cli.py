@@ -96,6 +96,19 @@ def test_a_leap_is_shown_with_what_the_gate_said(cli: Any, run: Path, tmp_path: 
     assert found["gate"]["accepted"] == (not found["gate"]["reasons"])
 
 
+def test_the_gate_judges_the_adapter_that_is_written(run: Path, tmp_path: Path) -> None:
+    from rankleap.checkpoints import effective_weights, open_checkpoint
+    from rankleap.leap import Leap, adapter_weights, open_source, write_leap_adapter
+    from rankleap.predictors import get_predictor
+
+    source = open_source(run, None)
+    leap = Leap(get_predictor("weight-linear").fit(source.trajectory), 1.0)
+    out = write_leap_adapter(leap, source.base, tmp_path / "a", {}, rank=2, base_name=source.base_name)
+    judged = dict(adapter_weights(leap, source.base, 2))
+    for name, written in effective_weights(open_checkpoint(out), source.base):
+        torch.testing.assert_close(judged[name], written, atol=1e-7, rtol=1e-5)
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(cli: Any, tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text(RECIPE)
     arguments = ("--set", "adapter.method=dora", "--set", "adapter.rank=2", "--out", tmp_path / "out")

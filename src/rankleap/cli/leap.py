@@ -57,7 +57,7 @@ def leap(
     if chosen_task is None:
         raise InputError(f"{directory} was not trained by rankleap, so its task is not known; give --task")
     sampling = Sampling(max_new_tokens=max_tokens or (recipe.train.max_completion_tokens if recipe else 512))
-    trial = Trial(chosen_task, problems, samples, sampling, seed)
+    trial = Trial(chosen_task, problems, samples, sampling, seed, rank if as_ == "adapter" else None)
     # Up to a little beyond the method's own reach: longer straight leaps lose (docs/log.md).
     candidates = Candidates(method or ["window"], window or [None], coefficient or [0.5, 1.0, 1.5])
     decision = try_leaps(source, candidates, trial, GateSettings(confidence, max_norm_ratio, max_kl))
@@ -65,7 +65,7 @@ def leap(
     written = None
     if decision.verdict.accepted:
         target = out or directory / "leaps" / decision.leap.forecast.method / decision.leap.directory_name()
-        written = write_decision(decision, source, target, adapter_rank=rank if as_ == "adapter" else None)
+        written = write_decision(decision, source, target, trial.adapter_rank)
     _show(decision, written, as_json)
 
 

@@ -1,6 +1,6 @@
 """Reads a forecast and a checkpoint, chooses how far to go on validation, gates the result, gives a new checkpoint."""
 
-from rankleap.leap.apply import Leap, leap_weights, norm_ratio, write_leap, write_leap_adapter
+from rankleap.leap.apply import Leap, adapter_weights, leap_weights, norm_ratio, write_leap, write_leap_adapter
 from rankleap.leap.gate import GateSettings, GateVerdict, judge
 from rankleap.leap.reference import BaseReference
 from rankleap.leap.run import Source, Trial, load_weights, open_source, try_leaps, write_decision
@@ -15,6 +15,7 @@ __all__ = [
     "Leap",
     "Source",
     "Trial",
+    "adapter_weights",
     "judge",
     "leap_weights",
     "load_weights",

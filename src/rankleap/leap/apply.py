@@ -81,12 +81,10 @@ def write_leap(
     return out
 
 
-def write_leap_adapter(
-    leap: Leap, base: FullCheckpoint, out: Path, evidence: dict[str, object], *, rank: int, base_name: str
-) -> Path:
-    """Write the leap as a LoRA adapter of rank ``rank``; the manifest tells the share of ‖ΔW‖² that it keeps.
+def truncate(leap: Leap, rank: int) -> tuple[dict[str, LowRank], float]:
+    """What of a leap an adapter of rank ``rank`` holds: a product per linear layer, and the share of ‖ΔW‖² that they keep.
 
-    An adapter holds the matrices of linear layers alone; what moved elsewhere (embeddings, norms) is lost and counted.
+    What moved elsewhere (embeddings, norms) is lost and counted; raises ``InputError`` if nothing is left.
     """
     products: dict[str, LowRank] = {}
     kept, total = 0.0, 0.0
@@ -107,7 +105,22 @@ def write_leap_adapter(
         raise InputError(
             "the leap moves no matrix of a linear layer that an adapter could hold; write a full checkpoint"
         )
-    energy = kept / total if total else 1.0
+    return products, kept / total if total else 1.0
+
+
+def adapter_weights(leap: Leap, base: FullCheckpoint, rank: int) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of the base with the truncated leap added: what the adapter will be, for the gate to judge."""
+    products, _ = truncate(leap, rank)
+    for name in base.shapes:
+        weight = base.weight(name)
+        yield name, weight + dense(products[name]) if name in products else weight
+
+
+def write_leap_adapter(
+    leap: Leap, base: FullCheckpoint, out: Path, evidence: dict[str, object], *, rank: int, base_name: str
+) -> Path:
+    """Write the leap as a LoRA adapter of rank ``rank``; the manifest tells the share of ‖ΔW‖² that it keeps."""
+    products, energy = truncate(leap, rank)
     with write_aside(out) as aside:
         write_adapter(
             aside, products, min(rank, max(p.left_MR.shape[1] for p in products.values())), base_name, base.directory

@@ -12,12 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from rankleap.checkpoints import FullCheckpoint, base_of, dense, open_run, resolve_base
 from rankleap.errors import CheckpointError
 from rankleap.evaluation import Sampling
 from rankleap.evaluation.evaluate import evaluate
-from rankleap.leap.apply import Leap, leap_weights, write_leap, write_leap_adapter
+from rankleap.leap.apply import Leap, adapter_weights, leap_weights, write_leap, write_leap_adapter
 from rankleap.leap.gate import GateSettings
 from rankleap.leap.reference import BaseReference
 from rankleap.leap.search import Candidates, Decision, search
@@ -36,6 +37,8 @@ class Trial:
     samples: int
     sampling: Sampling
     seed: int
+    adapter_rank: int | None = None
+    """Rank of the adapter that the leap will be written as; the gate judges what is written, truncation included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,7 @@ def open_source(directory: Path, base_name: str | None, until: int | None = None
 
 def try_leaps(source: Source, candidates: Candidates, trial: Trial, gate: GateSettings) -> Decision:
     """Choose and gate a leap; nothing is written."""
+    disable_progress_bar()
     task = get_task(trial.task)
     problems = task.problems("validation", trial.problems)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source.base.directory)
@@ -75,14 +79,19 @@ def try_leaps(source: Source, candidates: Candidates, trial: Trial, gate: GateSe
 
     with GraderPool(task) as pool:
 
+        def weights(leap: Leap | None) -> Iterable[tuple[str, Tensor]]:
+            if leap is None:
+                return _step_weights(source, last)
+            rank = trial.adapter_rank
+            return leap_weights(leap, source.base) if rank is None else adapter_weights(leap, source.base, rank)
+
         def score(leap: Leap | None, asked: Sequence[Problem]) -> NDArray[np.float64]:
-            load_weights(model, leap_weights(leap, source.base) if leap else _step_weights(source, last))
-            return evaluate(model, tokenizer, pool, asked, k=trial.samples, sampling=trial.sampling, seed=trial.seed)[
-                0
-            ].scores_PK
+            load_weights(model, weights(leap))
+            k, sampling = trial.samples, trial.sampling
+            return evaluate(model, tokenizer, pool, asked, k=k, sampling=sampling, seed=trial.seed)[0].scores_PK
 
         def kl(leap: Leap, asked: Sequence[Problem]) -> float:
-            load_weights(model, leap_weights(leap, source.base))
+            load_weights(model, weights(leap))
             return reference.kl(model, tokenizer, asked)
 
         # The second model is loaded when KL is first asked for, which may be never.
@@ -91,7 +100,7 @@ def try_leaps(source: Source, candidates: Candidates, trial: Trial, gate: GateSe
         return search(source.trajectory, candidates, score, problems, gate, measured)
 
 
-def write_decision(decision: Decision, source: Source, out: Path, *, adapter_rank: int | None = None) -> Path:
+def write_decision(decision: Decision, source: Source, out: Path, adapter_rank: int | None) -> Path:
     """Write the leap of a decision as a full checkpoint, or as an adapter of rank ``adapter_rank``."""
     evidence: dict[str, object] = {"gate": asdict(decision.verdict), "tried": decision.tried, "wall_s": decision.wall_s}
     evidence["base"] = source.base_name
