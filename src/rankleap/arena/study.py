@@ -5,7 +5,7 @@ at that step, else the checkpoint. All arms answer the same test problems with t
 training with everything in it (saving, recording, choosing and gating leaps), without the scoring for the curve.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from rankleap.leap import Leap, leap_weights, load_weights
 from rankleap.predictors import get_predictor
 from rankleap.tasks import get_task
 from rankleap.tasks.grading import GraderPool
-from rankleap.training import train
+from rankleap.training import read_decisions, train
 from rankleap.trajectory import run_trajectory
 
 # One for all arms and steps: luck that two points share cancels in their difference.
@@ -63,18 +63,21 @@ def run_arm(arm: Arm) -> list[dict[str, Any]]:
 def _score(arm: Arm) -> list[dict[str, Any]]:
     recipe, run = arm.recipe, open_run(arm.out)
     base = base_of(run, None)[1]
-    leaps = _decisions(arm.out)
+    leaps = {row["step"]: row for row in read_decisions(arm.out)}
+    logged_s = {row["step"]: row["wall_s"] for row in read_jsonl(arm.out / "metrics.jsonl")}
     trajectory = run_trajectory(run, base)
     curve, averaged = [], []
     with _Scorer(arm, base) as scorer:
-        curve.append({"step": 0, "wall_s": 0.0, "weights": "base", **scorer.score("base", _all(base))})
+        curve.append(
+            {"step": 0, "wall_s": 0.0, "weights": "base", **scorer.score("base", effective_weights(base, base))}
+        )
         averaged.append(curve[0])
         for step in [s for s in run.steps if s % arm.grid == 0]:
             leap = leaps.get(step, {})
             directory = arm.out / leap["directory"] if leap.get("accepted") else run.checkpoints[step].directory
             found = scorer.score(f"step-{step}", effective_weights(open_checkpoint(directory), base))
             # The row of a step is logged before its leap is tried, so that leap's seconds are added here.
-            wall_s = _wall_s(arm.out, step) + leap.get("wall_s", 0.0)
+            wall_s = logged_s[step] + leap.get("wall_s", 0.0)
             curve.append(
                 {"step": step, "wall_s": wall_s, "weights": "leap" if leap.get("accepted") else "checkpoint", **found}
             )
@@ -125,17 +128,3 @@ class _Scorer:
         write_evaluation(self._arm.out, name, found, samples)
         average = found.summary()["avg"]
         return {"accuracy": average["value"], "ci_low": average["low"], "ci_high": average["high"]}
-
-
-def _all(base: FullCheckpoint) -> Iterable[tuple[str, torch.Tensor]]:
-    return ((name, base.weight(name)) for name in base.shapes)
-
-
-def _decisions(out: Path) -> dict[int, dict[str, Any]]:
-    path = out / "leaps" / "decisions.jsonl"
-    return {row["step"]: row for row in read_jsonl(path)} if path.exists() else {}
-
-
-def _wall_s(out: Path, step: int) -> float:
-    rows: Sequence[dict[str, Any]] = read_jsonl(out / "metrics.jsonl")
-    return next(row["wall_s"] for row in rows if row["step"] == step)

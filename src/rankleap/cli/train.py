@@ -56,13 +56,13 @@ def train(
 
 def _summary(directory: Path) -> dict[str, object]:
     from rankleap.files import read_jsonl
+    from rankleap.training import read_decisions
 
     rows = read_jsonl(directory / "metrics.jsonl")
     last = rows[-10:]
     mean_reward = sum(row["reward"] for row in last) / len(last)
     facts = {"run": str(directory), "step": rows[-1]["step"], "reward (last 10 steps)": round(mean_reward, 4)}
-    decisions = directory / "leaps" / "decisions.jsonl"
-    leaps = read_jsonl(decisions) if decisions.exists() else []
+    leaps = read_decisions(directory)
     return {
         **facts,
         "wall_s": rows[-1]["wall_s"],

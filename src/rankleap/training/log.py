@@ -3,14 +3,13 @@
 A resumed run drops the rows after the step it resumes from, and its wall clock goes on from the last row that is kept.
 """
 
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rankleap.files import append_jsonl, read_jsonl, write_text
+from rankleap.files import append_jsonl, read_jsonl, write_jsonl
 
 NAMES = {
     "reward": "reward",
@@ -40,7 +39,7 @@ class MetricsLog(TrainerCallback):
     ) -> None:
         """Keep what lies before the step that training starts from."""
         kept = [row for row in read_jsonl(self.path) if row["step"] <= state.global_step] if self.path.exists() else []
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_jsonl(self.path, kept)
         self._zero_s = time.perf_counter() - (kept[-1]["wall_s"] if kept else 0.0)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:

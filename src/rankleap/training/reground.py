@@ -27,7 +27,7 @@ from rankleap.config import LeapSection, Recipe
 from rankleap.errors import RunError
 from rankleap.evaluation import Sampling
 from rankleap.evaluation.evaluate import evaluate
-from rankleap.files import append_jsonl, read_jsonl, write_aside, write_text
+from rankleap.files import append_jsonl, read_jsonl, write_aside, write_jsonl
 from rankleap.leap import (
     BaseReference,
     Candidates,
@@ -72,10 +72,8 @@ class Leaper(TrainerCallback):
         self._sampling = Sampling(train.temperature, max_new_tokens=train.max_completion_tokens)
         self._reference = BaseReference(base, self._sampling, self.recipe.seed)
         # Attempts at steps that will be taken again are forgotten with them.
-        made = [row for row in self.decisions() if row["step"] <= state.global_step]
-        write_text(self.out / "leaps" / DECISIONS, "")
-        for row in made:
-            append_jsonl(self.out / "leaps" / DECISIONS, row)
+        made = [row for row in read_decisions(self.out) if row["step"] <= state.global_step]
+        write_jsonl(self.out / "leaps" / DECISIONS, made)
         here = [row for row in made if row["step"] == state.global_step]
         if here and here[0]["taken"]:
             self._go_on_from(self.out / here[0]["directory"], kwargs)
@@ -86,11 +84,6 @@ class Leaper(TrainerCallback):
         """Attempt a leap when one is due; the trainer's checkpoint of this step is already on disk."""
         if self._due(state.global_step):
             self._attempt(state.global_step, kwargs)
-
-    def decisions(self) -> list[dict[str, Any]]:
-        """Every attempt so far."""
-        path = self.out / "leaps" / DECISIONS
-        return read_jsonl(path) if path.exists() else []
 
     def _due(self, step: int) -> bool:
         return step > 0 and step % self._leap_settings().every == 0
@@ -135,14 +128,14 @@ class Leaper(TrainerCallback):
     def _forget_old(self) -> None:
         """Leaps are as large as checkpoints, and as many of them are kept; the newest one is where the next round starts."""
         keep = self.recipe.train.keep_checkpoints
-        written = [self.out / row["directory"] for row in self.decisions() if row["accepted"]]
+        written = [self.out / row["directory"] for row in read_decisions(self.out) if row["accepted"]]
         for directory in written[:-keep] if keep else []:
             shutil.rmtree(directory, ignore_errors=True)
 
     def _trajectory(self, step: int, origin: FullCheckpoint) -> CheckpointTrajectory:
         """Checkpoints since the last leap that training went on from; that leap itself is the first of them."""
         # The jump itself is no step of training and would be read as speed, so the path starts anew after it.
-        taken = [row for row in self.decisions() if row["taken"] and row["step"] < step]
+        taken = [row for row in read_decisions(self.out) if row["taken"] and row["step"] < step]
         start = taken[-1]["step"] if taken else 0
         points = {start: FullCheckpoint(self.out / taken[-1]["directory"], self._file) if taken else self._base}
         for saved in range(start + self.recipe.train.save_every, step, self.recipe.train.save_every):
@@ -194,12 +187,17 @@ class Leaper(TrainerCallback):
             kwargs["optimizer"].state.clear()
 
 
+def read_decisions(out: Path) -> list[dict[str, Any]]:
+    """Every leap that a run has attempted so far, in order."""
+    path = out / "leaps" / DECISIONS
+    return read_jsonl(path) if path.exists() else []
+
+
 def leap_is_missing(recipe: Recipe, out: Path) -> bool:
     """Whether a run was killed between its last checkpoint and the leap that was due there."""
     if recipe.leap is None or recipe.train.steps % recipe.leap.every:
         return False
-    path = out / "leaps" / DECISIONS
-    return not any(row["step"] == recipe.train.steps for row in (read_jsonl(path) if path.exists() else []))
+    return not any(row["step"] == recipe.train.steps for row in read_decisions(out))
 
 
 @contextmanager
