@@ -49,7 +49,7 @@ def test_what_only_looks_like_a_checkpoint_is_left_alone(run: Path) -> None:
     (run / "checkpoint-80").write_text("a file")
     opened = open_run(run)
     assert opened.steps == [10, 20, 30, 40]
-    assert opened.skipped == {}
+    assert opened.skipped == {"tmp_checkpoint-50": "still being written, by its name"}
 
 
 def test_the_reference_adapter_inside_a_checkpoint_is_no_checkpoint(
@@ -68,7 +68,7 @@ def test_an_incomplete_checkpoint_is_skipped_with_its_reason(run: Path) -> None:
     (run / "checkpoint-50").mkdir()
     opened = open_run(run)
     assert opened.steps == [10, 40]
-    assert "is no checkpoint that rankleap knows: needed model.safetensors" in opened.skipped["checkpoint-20"]
+    assert "is no checkpoint that rankleap knows: found config.json" in opened.skipped["checkpoint-20"]
     assert "model.safetensors is truncated or damaged" in opened.skipped["checkpoint-30"]
     assert "found nothing" in opened.skipped["checkpoint-50"]
 
@@ -96,8 +96,8 @@ def test_full_checkpoints_and_adapters_do_not_mix(run: Path, save_adapter: Calla
 
 
 def test_an_unknown_directory_says_what_it_has(tmp_path: Path) -> None:
-    (tmp_path / "model_world_size_2_rank_0.pt").touch()
-    with pytest.raises(CheckpointError, match=r"needed model\.safetensors.*found model_world_size_2_rank_0\.pt"):
+    (tmp_path / "weights.gguf").touch()
+    with pytest.raises(CheckpointError, match=r"found weights\.gguf.*needed one of: .*model\.safetensors"):
         open_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="does not exist"):
         open_checkpoint(tmp_path / "none")

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from rankleap.checkpoints.delta import Delta, LowRank, dense, require_finite
-from rankleap.checkpoints.full import FullCheckpoint, open_safetensors
+from rankleap.checkpoints.full import FullCheckpoint
+from rankleap.checkpoints.source import SafetensorsSource, TensorSource
 from rankleap.errors import CheckpointError
 from rankleap.files import read_json
 
@@ -45,23 +46,27 @@ class AdapterCheckpoint:
 
     kind = "adapter"
 
-    def __init__(self, directory: Path) -> None:
-        """Read the config and the header; raises ``CheckpointError`` for what is missing, truncated or unsupported."""
+    def __init__(
+        self, directory: Path, *, config: dict[str, Any] | None = None, source: TensorSource | None = None
+    ) -> None:
+        """Read the config and the header; raises ``CheckpointError`` for what is missing, truncated or unsupported.
+
+        Layouts that keep an adapter elsewhere than in PEFT's own files give its ``config`` and ``source``.
+        """
         self.directory = directory
-        self.config: dict[str, Any] = read_json(directory / CONFIG)
+        self.config: dict[str, Any] = read_json(directory / CONFIG) if config is None else config
         _require_supported(self.config, directory)
-        self._path = directory / WEIGHTS
+        self.source = source or SafetensorsSource({directory / WEIGHTS: []})
         self._keys: dict[str, dict[str, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        with open_safetensors(self._path) as file:
-            sizes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        sizes = self.source.shapes
         for key in sizes:
             name, part = _split_key(key)
             self._keys.setdefault(name, {})[part] = key
         for name, parts in self._keys.items():
             if not any(set(parts) == {*needed} for needed in _PARTS):
                 raise CheckpointError(
-                    f"{self._path} holds {', '.join(sorted(parts))} of {name}; needed lora_A and lora_B, "
+                    f"{self.directory} holds {', '.join(sorted(parts))} of {name}; needed lora_A and lora_B, "
                     "with lora_magnitude_vector for DoRA, or the whole tensor"
                 )
             if "full" in parts:
@@ -70,7 +75,7 @@ class AdapterCheckpoint:
             left, right = sizes[parts["lora_B"]], sizes[parts["lora_A"]]
             if len(right) != 2 or left[1:] != right[:1]:
                 raise CheckpointError(
-                    f"{self._path}: lora_B {left} and lora_A {right} of {name} are no matrices that multiply; "
+                    f"{self.directory}: lora_B {left} and lora_A {right} of {name} are no matrices that multiply; "
                     "if training was sharded, gather the weights before saving"
                 )
             self.shapes[name] = (left[0], right[1])
@@ -104,12 +109,11 @@ class AdapterCheckpoint:
         return base.weight(name) + dense(self.delta(name, base))
 
     def size_bytes(self) -> int:
-        """Bytes of the adapter file."""
-        return self._path.stat().st_size
+        """Bytes of the adapter's files."""
+        return self.source.size_bytes()
 
     def _read(self, name: str) -> dict[str, Tensor]:
-        with open_safetensors(self._path) as file:
-            return {part: file.get_tensor(key).float() for part, key in self._keys[name].items()}
+        return {part: self.source.read(key).float() for part, key in self._keys[name].items()}
 
 
 def _dora(base_MN: Tensor, update: LowRank, magnitude_M: Tensor) -> Tensor:

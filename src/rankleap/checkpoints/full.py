@@ -7,20 +7,17 @@ file and are therefore never counted twice.
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rankleap.checkpoints.delta import require_finite
+from rankleap.checkpoints.source import DTYPES, SafetensorsSource, TensorSource
 from rankleap.errors import BaseMismatchError, CheckpointError
 from rankleap.files import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-"""Safetensors' names of the precisions that hold weights as they are."""
 
 
 class FullCheckpoint:
@@ -28,57 +25,45 @@ class FullCheckpoint:
 
     kind = "full"
 
-    def __init__(self, directory: Path, file: str | None = None) -> None:
-        """Read the headers, of one named file if asked; raises ``CheckpointError`` for a missing or truncated one."""
+    def __init__(self, directory: Path, file: str | None = None, *, source: TensorSource | None = None) -> None:
+        """Read the headers, of one named file if asked; raises ``CheckpointError`` for a missing or truncated one.
+
+        Other layouts than Hugging Face's safetensors give their own ``source``.
+        """
         self.directory = directory
         self.file = file
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}
-        self._files: dict[str, Path] = {}
-        for path, listed in ({directory / file: []} if file else _weight_files(directory)).items():
-            with open_safetensors(path) as opened:
-                for name in opened.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                    header = opened.get_slice(name)
-                    self.shapes[name] = tuple(header.get_shape())
-                    self.dtypes[name] = header.get_dtype()
-                    self._files[name] = path
-            if lost := [name for name in listed if name not in self.shapes]:
-                raise CheckpointError(
-                    f"{path} lacks {', '.join(lost[:8])}, which the index says it holds; copy it again"
-                )
+        self.source = source or SafetensorsSource({directory / file: []} if file else _weight_files(directory))
+        self.shapes, self.dtypes = self.source.shapes, self.source.dtypes
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor as it is stored."""
-        # Opened for each read: handles that stay open would be one for each shard of each step.
-        with open_safetensors(self._files[name]) as file:
-            return file.get_tensor(name)
+    def tensor(self, name: str, rows: slice | None = None) -> Tensor:
+        """One tensor, or some of its rows, as it is stored."""
+        return self.source.read(name, rows)
 
-    def weight(self, name: str) -> Tensor:
-        """One tensor in float32; raises ``CheckpointError`` for a quantised one, whose scale lies elsewhere."""
+    def weight(self, name: str, rows: slice | None = None) -> Tensor:
+        """One tensor, or some rows, in float32; raises ``CheckpointError`` for a quantised one, whose scale lies elsewhere."""
         if self.dtypes[name] not in DTYPES:
             raise CheckpointError(
                 f"{name} of {self.directory} is stored as {self.dtypes[name]}, needed one of {', '.join(DTYPES)}; "
                 "dequantise the checkpoint first"
             )
-        return self.tensor(name).float()
+        return self.tensor(name, rows).float()
 
-    def delta(self, name: str, base: "FullCheckpoint") -> Tensor:
-        """``weight(name) - base.weight(name)`` in float32; NaN and infinity are refused by name."""
-        difference = self.weight(name) - base.weight(name)
+    def delta(self, name: str, base: "FullCheckpoint", rows: slice | None = None) -> Tensor:
+        """``weight(name) - base.weight(name)`` in float32, or some of its rows; NaN and infinity are refused by name."""
+        difference = self.weight(name, rows) - base.weight(name, rows)
         require_finite(difference, name, str(self.directory))
         return difference
 
     def size_bytes(self) -> int:
         """Bytes of the weight files."""
-        return sum(path.stat().st_size for path in set(self._files.values()))
+        return self.source.size_bytes()
 
     def fingerprint(self) -> str:
         """Hash of every tensor's name, shape and first row: tells two bases of one architecture apart at little cost."""
         digest = hashlib.blake2b(digest_size=16)
         # Sorted, since shards order the same tensors differently.
         for name in sorted(self.shapes):
-            with open_safetensors(self._files[name]) as file:
-                first = file.get_slice(name)[:1] if self.shapes[name] else file.get_tensor(name)
+            first = self.tensor(name, slice(0, 1) if self.shapes[name] else None)
             digest.update(f"{name}{self.shapes[name]}".encode())
             # As float32, for numpy has no bfloat16.
             digest.update(first.float().contiguous().numpy().tobytes())
@@ -104,18 +89,6 @@ def require_same_shapes(shapes: Mapping[str, tuple[int, ...]], base: FullCheckpo
                 ]
             )
         )
-
-
-def open_safetensors(path: Path) -> Any:
-    """Open a safetensors file, or raise ``CheckpointError`` that names it."""
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; the checkpoint is incomplete") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is truncated or damaged ({error}); copy it again or leave this step out"
-        ) from None
 
 
 def _weight_files(directory: Path) -> dict[Path, list[str]]:

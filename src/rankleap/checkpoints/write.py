@@ -16,6 +16,7 @@ from torch import Tensor
 from rankleap.checkpoints import adapter, full
 from rankleap.checkpoints.delta import LowRank
 from rankleap.checkpoints.full import FullCheckpoint
+from rankleap.checkpoints.source import DTYPES
 from rankleap.errors import NotFiniteError
 from rankleap.files import write_json
 
@@ -44,7 +45,7 @@ def write_full(
         if not bool(torch.isfinite(weight).all()):
             raise NotFiniteError(f"{name} of the new checkpoint has NaN or infinity; nothing was written")
         # safetensors refuses what is not contiguous.
-        stored = weight.to(full.DTYPES[like.dtypes[name]]).contiguous()
+        stored = weight.to(DTYPES[like.dtypes[name]]).contiguous()
         lost += float(torch.linalg.vector_norm(stored.float() - weight)) ** 2
         moved += float(torch.linalg.vector_norm(weight - like.weight(name))) ** 2
         # Written before the limit is passed; a tensor beyond it still gets a shard of its own.

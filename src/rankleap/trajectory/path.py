@@ -19,7 +19,7 @@ from rankleap.checkpoints import (
     Run,
     require_same_shapes,
 )
-from rankleap.checkpoints.full import open_safetensors
+from rankleap.checkpoints.source import open_safetensors
 from rankleap.errors import BaseMismatchError, TrajectoryError
 from rankleap.files import read_json
 
