@@ -23,6 +23,17 @@ from collections.abc import Iterable
 class RankleapError(Exception):
     """Root of the tree."""
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Travel between processes by the message alone, for ``__init__`` may take more."""
+        return _rebuilt, (type(self), self.args, self.__dict__)
+
+
+def _rebuilt(kind: type[RankleapError], arguments: tuple[object, ...], state: dict[str, object]) -> RankleapError:
+    error = kind.__new__(kind, *arguments)
+    error.args = arguments
+    error.__dict__.update(state)
+    return error
+
 
 class InputError(RankleapError):
     """What the user gave is wrong."""
