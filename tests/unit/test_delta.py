@@ -37,19 +37,19 @@ def test_a_sum_of_products_is_a_product_of_the_same_matrix(
     generator = torch.Generator().manual_seed(seed)
     products = [product(rows, columns, rank, generator) for rank, _ in terms]
     weights = [weight for _, weight in terms]
-    total = combine(products, weights)
+    total = combine(zip(weights, products, strict=True))
     assert isinstance(total, LowRank)
     assert total.shape == (rows, columns)
     expected = sum((w * dense(p).double() for w, p in zip(weights, products, strict=True)), torch.zeros(1).double())
     torch.testing.assert_close(dense(total).double(), expected, atol=1e-4, rtol=1e-4)
-    mixed = combine([*products, torch.zeros(rows, columns)], [*weights, 1.0])
+    mixed = combine(zip([*weights, 1.0], [*products, torch.zeros(rows, columns)], strict=True))
     assert isinstance(mixed, Tensor)
     torch.testing.assert_close(mixed.double(), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_sum_leaves_its_terms_alone() -> None:
     terms = [torch.ones(2, 2), torch.full((2, 2), 3.0)]
-    assert torch.equal(dense(combine(terms, [2.0, 1.0])), torch.full((2, 2), 5.0))
+    assert torch.equal(dense(combine(zip([2.0, 1.0], terms, strict=True))), torch.full((2, 2), 5.0))
     assert torch.equal(terms[0], torch.ones(2, 2))
 
 

@@ -30,8 +30,7 @@ from rankleap.evaluation import (
     read_scores,
     write_evaluation,
 )
-from rankleap.evaluation.evaluate import evaluate, evaluate_checkpoint
-from rankleap.evaluation.load import load_model
+from rankleap.evaluation.evaluate import evaluate, evaluate_checkpoint, load_model
 from rankleap.evaluation.saved import read_summaries, samples_path
 from rankleap.records import Estimate, Problem, Sample
 from rankleap.tasks import get_task

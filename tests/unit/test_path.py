@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from rankleap.checkpoints import FullCheckpoint, LowRank, open_run
-from rankleap.errors import BaseMismatchError, TrajectoryError
+from rankleap.checkpoints import DeltaRows, FullCheckpoint, LowRank, dense, open_run
+from rankleap.errors import BaseMismatchError, NotFiniteError, TrajectoryError
+from rankleap.lowrank import gram_of_increments
 from rankleap.trajectory import CheckpointTrajectory, RecordedTrajectory, run_trajectory
 
 
@@ -26,6 +28,61 @@ def test_deltas_are_those_of_the_checkpoints(trajectory: CheckpointTrajectory) -
         for step, delta in zip(trajectory.steps, trajectory.deltas(name), strict=True):
             expected = trajectory.checkpoints[step].weight(name) - trajectory.base.weight(name)  # pyright: ignore[reportCallIssue]
             assert torch.equal(delta, expected)  # pyright: ignore[reportArgumentType]
+
+
+def test_lazy_deltas_are_the_deltas(trajectory: CheckpointTrajectory) -> None:
+    for name, shape in trajectory.shapes.items():
+        lazy, exact = trajectory.lazy_delta(name, 20), trajectory.delta(name, 20)
+        if len(shape) == 1:
+            assert torch.equal(lazy, exact)  # pyright: ignore[reportArgumentType]
+            continue
+        assert isinstance(lazy, DeltaRows)
+        out = torch.empty(shape)
+        assert torch.equal(torch.cat(list(lazy.read(None, None))), exact)  # pyright: ignore[reportArgumentType]
+        assert all(block.storage_offset() >= 0 for block in lazy.read(None, out))
+        assert torch.equal(out, exact)  # pyright: ignore[reportArgumentType]
+
+
+def test_lazy_deltas_of_an_adapter_are_products_or_rows(
+    save_adapter: Callable[..., PeftModel], base_directory: Path, tmp_path: Path
+) -> None:
+    for use_dora in (False, True):
+        save_adapter(tmp_path / str(use_dora) / "checkpoint-1", use_dora=use_dora)
+        path = run_trajectory(open_run(tmp_path / str(use_dora)), FullCheckpoint(base_directory))
+        for name, shape in path.shapes.items():
+            lazy, exact = path.lazy_delta(name, 1), dense(path.delta(name, 1))
+            assert isinstance(lazy, DeltaRows) == use_dora
+            if isinstance(lazy, DeltaRows):
+                out = torch.empty(shape)
+                torch.testing.assert_close(torch.cat(list(lazy.read(None, out))), exact)
+                torch.testing.assert_close(out, exact)
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_the_gram_matrix_in_one_pass_is_that_of_the_deltas(trajectory: CheckpointTrajectory, first: int) -> None:
+    for name in trajectory.shapes:
+        rows = torch.stack([dense(delta).flatten().double() for delta in trajectory.deltas(name)[first:]])
+        torch.testing.assert_close(trajectory.gram(name, first), rows @ rows.T, rtol=1e-5, atol=0)
+
+
+def test_the_gram_matrix_keeps_the_distance_of_steps_that_nearly_agree() -> None:
+    start, step = torch.randn(1, 10**5, generator=torch.Generator().manual_seed(0)), 2.0**-13
+    far, apart = 100 * start, step * torch.ones(1, 10**5)
+    gram_TT = gram_of_increments([torch.cat([far, apart])])
+    distance = float(gram_TT[0, 0] + gram_TT[1, 1] - 2 * gram_TT[0, 1]) ** 0.5
+    assert distance == pytest.approx(step * 10**2.5, rel=1e-3)
+
+
+def test_a_step_that_is_not_finite_is_named_by_the_gram_matrix(
+    run_directory: Path, base_directory: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(run_directory, tmp_path / "run"))
+    weights = load_file(run / "checkpoint-30" / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 2] = float("nan")
+    save_file(weights, run / "checkpoint-30" / "model.safetensors", metadata={"format": "pt"})
+    trajectory = run_trajectory(open_run(run), FullCheckpoint(base_directory))
+    with pytest.raises(NotFiniteError, match="up_proj"):
+        trajectory.gram("model.layers.1.mlp.up_proj.weight")
 
 
 def test_adapters_give_products_of_the_matrices_that_they_hold(lora_run: Path, base_directory: Path) -> None:

@@ -5,13 +5,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from rankleap.checkpoints import Delta, FullCheckpoint, LowRank, dense, open_run
 from rankleap.errors import BaseMismatchError, CheckpointError, DiskSpaceError, NotFiniteError, TrajectoryError
 from rankleap.files import read_json
 from rankleap.lowrank import factorise
-from rankleap.trajectory import RecordedTrajectory, Recording, Trajectory, open_recording, recording_of
+from rankleap.trajectory import (
+    RecordedTrajectory,
+    Recording,
+    Trajectory,
+    open_recording,
+    record_step,
+    recording_of,
+    unseparated,
+)
 from rankleap.trajectory.path import read_factors, step_file
 
 
@@ -51,13 +60,13 @@ def test_a_full_run_keeps_the_best_of_each_matrix_and_vectors_whole(
         left, sigma, right = torch.linalg.svd(expected)
         best = (left[:, :3] * sigma[:3]) @ right[:3]
         torch.testing.assert_close(dense(read), best, atol=1e-5, rtol=0)
-    assert all(path.stat().st_size < recording.size_bytes() + 10_000 for path in tmp_path.glob("step-*"))
+    assert all(path.stat().st_size < recording.size_bytes() + 14_000 for path in tmp_path.glob("step-*"))
 
 
 def test_the_certificate_and_the_norms_are_kept(run_directory: Path, base_directory: Path, tmp_path: Path) -> None:
     _, exact = record(run_directory, base_directory, tmp_path, rank=2)
     name = "model.layers.1.mlp.down_proj.weight"
-    kept, factors = read_factors(tmp_path, 40, name), factorise(exact.delta(name, 40), 2)
+    kept, factors = read_factors(step_file(tmp_path, 40), name), factorise(exact.delta(name, 40), 2)
     assert torch.equal(kept["residual"], factors.residual_R)
     assert torch.equal(kept["sigma"], factors.sigma_R)
     assert kept["norms"].tolist() == pytest.approx([factors.norm, factors.nuclear])
@@ -189,3 +198,57 @@ def test_the_index_says_what_it_was_made_from(lora_run: Path, base_directory: Pa
     index = read_json(tmp_path / "index.json")
     assert (index["format"], index["base"], index["rank"]) == (1, str(base_directory), 2)
     assert index["fingerprint"] == FullCheckpoint(base_directory).fingerprint()
+
+
+def moe_checkpoint(directory: Path, scale: float) -> FullCheckpoint:
+    """One fused tensor of three experts, the second of which never moves, and a router."""
+    directory.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    start_EMN, drift_EMN = (torch.randn(3, 20, 12, generator=generator) for _ in range(2))
+    drift_EMN[1] = 0
+    tensors = {
+        "experts.down_proj": start_EMN + scale * drift_EMN,
+        "router.weight": torch.randn(3, 12, generator=generator),
+    }
+    save_file(tensors, directory / "model.safetensors")
+    return FullCheckpoint(directory)
+
+
+def test_fused_experts_are_recorded_each_on_its_own(tmp_path: Path) -> None:
+    base = moe_checkpoint(tmp_path / "base", 0.0)
+    for step in (1, 2):
+        moe_checkpoint(tmp_path / "run" / f"checkpoint-{step}", float(step))
+    recording, exact = recording_of(open_run(tmp_path / "run"), str(base.directory), tmp_path / "t", 12)
+    for step in (1, 2):
+        record_step(recording, exact, step)
+    recorded = RecordedTrajectory(tmp_path / "t")
+    for step in (1, 2):
+        delta = recorded.delta("experts.down_proj", step)
+        assert isinstance(delta, LowRank)
+        assert delta.shape == (3, 20, 12)
+        torch.testing.assert_close(dense(delta), exact.delta("experts.down_proj", step), atol=1e-5, rtol=0)
+    assert dense(recorded.delta("router.weight", 2)).any() == False  # noqa: E712
+    gram_TT = recorded.gram("experts.down_proj")
+    torch.testing.assert_close(gram_TT, exact.gram("experts.down_proj"), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_steps_are_recorded_the_same_by_however_many_workers(
+    run_directory: Path, base_directory: Path, tmp_path: Path, workers: int
+) -> None:
+    _, exact = record(run_directory, base_directory, tmp_path / "one", rank=2)
+    recording, path = recording_of(open_run(run_directory), str(base_directory), tmp_path / "many", 2)
+    record_step(recording, path, 10, workers)
+    one, many = RecordedTrajectory(tmp_path / "one"), RecordedTrajectory(tmp_path / "many")
+    assert many.steps == (10,)
+    for name in exact.shapes:
+        torch.testing.assert_close(dense(many.delta(name, 10)), dense(one.delta(name, 10)), atol=1e-6, rtol=0)
+
+
+def test_a_direction_that_is_one_of_several_is_told(base_directory: Path, tmp_path: Path) -> None:
+    base = FullCheckpoint(base_directory)
+    names = ["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"]
+    recording = open_recording(tmp_path, "b", base, 1, names)
+    clear = torch.outer(torch.arange(48.0), torch.arange(32.0))
+    recording.add(10, [(names[0], torch.eye(48, 32)), (names[1], clear)])
+    assert unseparated(recording, 10) == names[:1]

@@ -19,7 +19,7 @@ from rankleap.checkpoints import (
     open_run,
     resolve_base,
 )
-from rankleap.errors import CheckpointError, UnknownNameError
+from rankleap.errors import BaseMismatchError, CheckpointError, UnknownNameError
 
 
 @pytest.fixture
@@ -147,3 +147,67 @@ def test_an_adapter_leaves_the_weights_that_it_does_not_hold(lora_run: Path, bas
     assert weights.keys() == base.shapes.keys()
     for name, weight in weights.items():
         assert torch.equal(weight, base.weight(name)) == (name not in checkpoint.shapes)
+
+
+def write_tokens(directory: Path, tokens: dict[str, int]) -> None:
+    (directory / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": tokens}}))
+
+
+def test_a_base_of_another_tokenizer_is_refused(run: Path, base_directory: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(base_directory, tmp_path / "base"))
+    write_tokens(base, {"a": 0, "b": 1})
+    write_tokens(run / "checkpoint-40", {"a": 0, "b": 1, "added": 2})
+    assert base_of(open_run(run), str(base))[1].directory == base
+    write_tokens(run / "checkpoint-40", {"b": 0, "a": 1})
+    with pytest.raises(BaseMismatchError, match=r"2 of 2 tokens differ, such as 'a' \(0 in the base, 1 here\)"):
+        base_of(open_run(run), str(base))
+
+
+def test_a_directory_whose_name_and_state_disagree_is_left_out(run: Path) -> None:
+    (run / "checkpoint-20" / "trainer_state.json").write_text('{"global_step": 20}')
+    (run / "checkpoint-30" / "trainer_state.json").write_text('{"global_step": 25}')
+    opened = open_run(run)
+    assert opened.steps == [10, 20, 40]
+    assert "its name says step 30, its trainer_state.json says 25" in opened.skipped["checkpoint-30"]
+
+
+def test_a_step_without_a_name_is_told_by_its_state(run: Path) -> None:
+    (run / "checkpoint-40" / "trainer_state.json").write_text('{"global_step": 40}')
+    (run / "checkpoint-40").rename(run / "final")
+    assert open_run(run).steps == [10, 20, 30, 40]
+
+
+@pytest.mark.parametrize("name", ["iter_0000020", "epoch_20", "0020", "step20", "global_step20", "global_step20_hf"])
+def test_every_trainers_names_tell_the_step(run: Path, name: str) -> None:
+    (run / "checkpoint-20").rename(run / name)
+    assert open_run(run).steps == [10, 20, 30, 40]
+
+
+def test_one_checkpoint_given_itself_is_a_run_of_one_step(run: Path) -> None:
+    assert open_run(run / "checkpoint-30").steps == [30]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("latest_checkpointed_iteration.txt", "30"), ("latest", "global_step30"), ("latest_ckpt_global_step.txt", "30\n")],
+)
+def test_steps_beyond_the_runs_own_mark_are_still_being_written(run: Path, file: str, content: str) -> None:
+    (run / file).write_text(content)
+    opened = open_run(run)
+    assert opened.steps == [10, 20, 30]
+    assert "30 is its newest complete step" in opened.skipped["checkpoint-40"]
+
+
+def test_where_some_steps_are_marked_stable_the_others_are_not(run: Path) -> None:
+    for step in (10, 20):
+        (run / f"checkpoint-{step}" / "STABLE").touch()
+    opened = open_run(run)
+    assert opened.steps == [10, 20]
+    assert "has the marker" in opened.skipped["checkpoint-30"] or "marker STABLE" in opened.skipped["checkpoint-30"]
+
+
+def test_a_second_place_with_steps_is_told_and_left(run: Path, run_directory: Path) -> None:
+    shutil.copytree(run_directory / "checkpoint-10", run / "broadcasts" / "step_5")
+    opened = open_run(run)
+    assert opened.steps == [5]
+    assert "4 more step directories" in next(iter(opened.skipped.values()))

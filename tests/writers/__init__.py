@@ -9,11 +9,21 @@ from pathlib import Path
 
 from torch import Tensor
 
+from writers import deepspeed
+from writers.dcp import write_dcp, write_megatron
 from writers.huggingface import write_adapter, write_full
+from writers.torch_files import write_bin, write_model_state
+from writers.verl import write_verl
 
 Writer = Callable[[Path, Path], tuple[str, dict[str, Tensor]]]
 
 WRITERS: dict[str, Writer] = {
+    "megatron": write_megatron,
+    "dcp": write_dcp,
     "peft": write_adapter,
+    "deepspeed": deepspeed.write_step,
     "hf": write_full,
+    "verl": write_verl,
+    "hf-bin": write_bin,
+    "torch": write_model_state,
 }

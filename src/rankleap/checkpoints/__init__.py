@@ -2,7 +2,7 @@
 
 from rankleap.checkpoints.adapter import AdapterCheckpoint
 from rankleap.checkpoints.base import bundled_bases, resolve_base
-from rankleap.checkpoints.delta import Delta, LowRank, combine, dense, inner, is_zero
+from rankleap.checkpoints.delta import Delta, DeltaRows, LowRank, combine, dense, inner, is_zero
 from rankleap.checkpoints.full import FullCheckpoint, require_same_shapes
 from rankleap.checkpoints.layouts import Checkpoint
 from rankleap.checkpoints.run import Run, base_of, effective_weights, open_checkpoint, open_run
@@ -11,6 +11,7 @@ __all__ = [
     "AdapterCheckpoint",
     "Checkpoint",
     "Delta",
+    "DeltaRows",
     "FullCheckpoint",
     "LowRank",
     "Run",

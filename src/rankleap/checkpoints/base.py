@@ -6,7 +6,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from rankleap.errors import CheckpointError, UnknownNameError
+from rankleap.errors import BaseMismatchError, CheckpointError, UnknownNameError
+from rankleap.files import read_json
 
 BUNDLED = "bundled:"
 
@@ -38,6 +39,28 @@ def resolve_base(name: str) -> Path:
             f"base {name!r} is no directory and could not be fetched from the Hub ({type(error).__name__}); "
             f"give a directory, a Hub name, or one of: {', '.join(BUNDLED + base for base in bundled_bases())}"
         ) from None
+
+
+def require_same_tokens(checkpoint: Path, base: Path) -> None:
+    """Raise ``BaseMismatchError`` if both have a tokenizer and a token of the base has another id in the checkpoint.
+
+    Tokens that were added are fine: an embedding that grew for them shows by its shape.
+    """
+    files = [directory / "tokenizer.json" for directory in (checkpoint, base)]
+    if not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes():
+        return
+    ours, theirs = (_token_ids(file) for file in files)
+    if moved := [token for token, number in theirs.items() if ours.get(token) != number]:
+        raise BaseMismatchError(
+            f"{checkpoint} has another tokenizer than the base {base}: {len(moved)} of {len(theirs)} tokens differ, such as "
+            f"{moved[0]!r} ({theirs[moved[0]]} in the base, {ours.get(moved[0], 'absent')} here); name the right base with --base"
+        )
+
+
+def _token_ids(file: Path) -> dict[str, int]:
+    vocabulary = read_json(file).get("model", {}).get("vocab", {})
+    # A unigram model lists pairs of token and score, in the order of their ids.
+    return vocabulary if isinstance(vocabulary, dict) else {pair[0]: number for number, pair in enumerate(vocabulary)}
 
 
 def _bases() -> Path:

@@ -5,19 +5,20 @@ file and are therefore never counted twice.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rankleap.checkpoints.delta import require_finite
+from rankleap.checkpoints.delta import BLOCK_BYTES, CHUNK_BYTES, DeltaRows, require_finite, row_slices
 from rankleap.checkpoints.source import DTYPES, SafetensorsSource, TensorSource
 from rankleap.errors import BaseMismatchError, CheckpointError
 from rankleap.files import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 class FullCheckpoint:
@@ -41,18 +42,77 @@ class FullCheckpoint:
 
     def weight(self, name: str, rows: slice | None = None) -> Tensor:
         """One tensor, or some rows, in float32; raises ``CheckpointError`` for a quantised one, whose scale lies elsewhere."""
+        self._require_plain(name)
+        return self.tensor(name, rows).float()
+
+    def _require_plain(self, name: str) -> None:
         if self.dtypes[name] not in DTYPES:
             raise CheckpointError(
                 f"{name} of {self.directory} is stored as {self.dtypes[name]}, needed one of {', '.join(DTYPES)}; "
                 "dequantise the checkpoint first"
             )
-        return self.tensor(name, rows).float()
 
     def delta(self, name: str, base: "FullCheckpoint", rows: slice | None = None) -> Tensor:
         """``weight(name) - base.weight(name)`` in float32, or some of its rows; NaN and infinity are refused by name."""
         difference = self.weight(name, rows) - base.weight(name, rows)
         require_finite(difference, name, str(self.directory))
         return difference
+
+    def shapes_on(self, base: "FullCheckpoint") -> dict[str, tuple[int, ...]]:
+        """Every tensor with its shape; ``BaseMismatchError`` unless the base has all of them, alike, and no more.
+
+        A head that is the embedding once more is left out where the base keeps it but once.
+        """
+        shapes = dict(self.shapes)
+        if HEAD in shapes and HEAD not in base.shapes and self._is_tied():
+            del shapes[HEAD]
+        require_same_shapes(shapes, base, self.directory)
+        if lacking := [name for name in base.shapes if name not in shapes and name != HEAD]:
+            raise BaseMismatchError(
+                f"{self.directory} lacks {len(lacking)} tensors of the base {base.directory}, such as {lacking[0]}; "
+                "it is incomplete, or --base names another model"
+            )
+        return shapes
+
+    def _is_tied(self) -> bool:
+        first = slice(0, 1)
+        return EMBEDDING in self.shapes and torch.equal(self.tensor(HEAD, first), self.tensor(EMBEDDING, first))
+
+    def lazy_delta(self, name: str, base: "FullCheckpoint") -> DeltaRows:
+        """The same in row blocks, never as a whole; NaN and infinity are for the reader to find in its norm."""
+        self._require_plain(name)
+        base._require_plain(name)
+        shape = torch.Size(self.shapes[name])
+
+        def read(expert: int | None, out: Tensor | None) -> Iterator[Tensor]:
+            for new, old, top in self._chunks(name, base, expert):
+                # On another device the cache is no matter and each call costs, so a chunk is one block.
+                block_bytes = CHUNK_BYTES * 2 if out is not None and out.is_cuda else BLOCK_BYTES
+                for rows in row_slices(new.shape, block_bytes):
+                    if out is None:
+                        yield new[rows].float() - old[rows].float()
+                        continue
+                    block = out[top + rows.start : top + rows.stop]
+                    sides = (part[rows].to(out.device, torch.float32) for part in (new, old))
+                    yield torch.sub(*sides, out=block)
+
+        return DeltaRows(shape, read)
+
+    def blocks(self, name: str, block_bytes: int = BLOCK_BYTES) -> Iterator[Tensor]:
+        """One tensor in float32, row block by row block."""
+        self._require_plain(name)
+        for rows in row_slices(torch.Size(self.shapes[name]), CHUNK_BYTES):
+            chunk = self.tensor(name, rows)
+            yield from (chunk[part].float() for part in row_slices(chunk.shape, block_bytes))
+
+    def _chunks(self, name: str, base: "FullCheckpoint", expert: int | None) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Both sides as they are stored, a few rows of the tensor or one expert's matrix at a time, and where they begin."""
+        if expert is not None:
+            rows = slice(expert, expert + 1)
+            yield self.tensor(name, rows)[0], base.tensor(name, rows)[0], 0
+            return
+        for rows in row_slices(torch.Size(self.shapes[name]), CHUNK_BYTES):
+            yield self.tensor(name, rows), base.tensor(name, rows), rows.start
 
     def size_bytes(self) -> int:
         """Bytes of the weight files."""

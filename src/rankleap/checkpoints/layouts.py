@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rankleap.checkpoints import adapter, full
+from rankleap.checkpoints import adapter, dcp, deepspeed, full, megatron, pickled, ranks
 from rankleap.checkpoints.adapter import AdapterCheckpoint
 from rankleap.checkpoints.full import FullCheckpoint
 from rankleap.errors import CheckpointError
@@ -40,18 +40,43 @@ def having(pattern: str, *folders: str) -> Callable[[Path], Path | None]:
 
 
 LAYOUTS: dict[str, Layout] = {
+    # Before PEFT's, for a config alone may lie beside shards of the adapter; neither looks where PEFT's own weights are.
+    "megatron": Layout(
+        "Megatron torch_dist", megatron.find, megatron.open_checkpoint, f"{dcp.METADATA} of a Megatron model"
+    ),
+    "dcp": Layout("torch distributed checkpoint", dcp.find, dcp.open_checkpoint, f"{dcp.METADATA} beside {dcp.SHARDS}"),
     # First: a directory with an adapter's config is an adapter, whatever else was saved into it.
     "peft": Layout(
         "PEFT adapter",
         having(adapter.CONFIG, ".", "actor/lora_adapter", "lora_adapter"),
-        lambda path, trust: AdapterCheckpoint(path),
+        lambda path, trust: AdapterCheckpoint(path, trust_pickle=trust),
         adapter.CONFIG,
+    ),
+    # This and the next before Hugging Face's, since the partitions are float32 and the export beside them is bfloat16.
+    "deepspeed": Layout("DeepSpeed ZeRO", deepspeed.find, deepspeed.open_checkpoint, deepspeed.STATES),
+    "verl": Layout(
+        "FSDP rank files (verl, EasyR1, SkyRL)",
+        having(ranks.PATTERN, "actor", ".", "policy"),
+        ranks.open_ranks,
+        ranks.PATTERN,
     ),
     "hf": Layout(
         "Hugging Face full",
         lambda path: having(full.WEIGHTS)(path) or having(full.INDEX)(path),
         lambda path, trust: FullCheckpoint(path),
         f"{full.WEIGHTS} or {full.INDEX}",
+    ),
+    "hf-bin": Layout(
+        "Hugging Face full, pickled",
+        lambda path: having(pickled.BIN)(path) or having(pickled.BIN_INDEX)(path),
+        pickled.open_bin,
+        f"{pickled.BIN} or {pickled.BIN_INDEX}",
+    ),
+    "torch": Layout(
+        "torch state dict",
+        having(pickled.MODEL_STATE, "policy", "."),
+        lambda path, trust: pickled.open_torch(path / pickled.MODEL_STATE, trust),
+        pickled.MODEL_STATE,
     ),
 }
 

@@ -13,13 +13,15 @@ from pathlib import Path
 from torch import Tensor
 
 from rankleap.checkpoints.adapter import AdapterCheckpoint
-from rankleap.checkpoints.base import resolve_base
+from rankleap.checkpoints.base import require_same_tokens, resolve_base
 from rankleap.checkpoints.full import FullCheckpoint
-from rankleap.checkpoints.layouts import Checkpoint, Layout, layout_of
+from rankleap.checkpoints.layouts import LAYOUTS, Checkpoint, Layout, layout_of
+from rankleap.checkpoints.remote import RemotePath, open_remote_run
 from rankleap.errors import CheckpointError, InputError
 from rankleap.files import read_json
 
 _STEP = re.compile(r"(?:(?:checkpoint-|global_step_?|step[-_]?|iter_|epoch_)(\d+)(?:_hf)?|(\d+))")
+_TAIL = re.compile(r".+[-_]step[-_]?(\d+)")
 _UNFINISHED = re.compile(r"(?:tmp[-_.]|\.).*\d|.*\d\.(?:tmp|incomplete)")
 PARENTS = ("checkpoints", "broadcasts", "_actor", ".")
 """Where trainers put their step directories: TRL's runs of ours and prime-rl, prime-rl, OpenRLHF, everyone else."""
@@ -36,6 +38,8 @@ class Run:
     directory: Path
     layout: Layout
     checkpoints: dict[int, Checkpoint]
+    directories: dict[int, Path]
+    """Step directories; a checkpoint's own directory may lie inside, such as verl's ``actor``."""
     skipped: dict[str, str]
 
     @property
@@ -59,24 +63,31 @@ def open_checkpoint(directory: Path, trust_pickle: bool = False) -> Checkpoint:
     return layout.open(place, trust_pickle)
 
 
-def open_run(directory: Path, trust_pickle: bool = False) -> Run:
+def open_run(location: Path | str, trust_pickle: bool = False) -> Run:
     """Open every complete checkpoint of a run; raises ``CheckpointError`` when there is none.
 
-    ``trust_pickle`` lets pickled checkpoints name any global, so that opening them may run any code.
+    ``location`` is a directory, ``hf://ORG/REPO`` or another address that fsspec reads, of which only what is asked for is
+    fetched. ``trust_pickle`` lets pickled checkpoints name any global, so that opening them may run any code.
     """
+    if "://" in str(location):
+        remote = open_remote_run(str(location), step_in_name, PARENTS)
+        return Run(RemotePath(remote.location), LAYOUTS[remote.layout_key], remote.checkpoints, {}, remote.skipped)
+    directory = Path(location)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory; give a run directory that holds checkpoint-N folders")
     parent, named, skipped = _step_directories(directory)
     found: dict[int, Checkpoint] = {}
+    directories: dict[int, Path] = {}
     layouts: dict[str, Layout] = {}
+    marks = _marks(parent, named)
     # By number, then by name: of two directories of one step always the same one wins.
     for path, number in sorted(named, key=lambda item: (item[1], item[0].name)):
         try:
-            step = _checked_step(path, number, found)
+            step = _checked_step(path, number, directories, marks)
             layout, place = layout_of(path)
             # Opening reads headers only, yet a truncated file shows here and not halfway through the work.
             found[step] = layout.open(place, trust_pickle)
-            layouts[layout.name] = layout
+            layouts[layout.name], directories[step] = layout, path
         # Skipped and told, so that a run can be read while its newest step is being written.
         except InputError as error:
             skipped[path.name] = str(error)
@@ -85,43 +96,52 @@ def open_run(directory: Path, trust_pickle: bool = False) -> Run:
         raise CheckpointError(f"no complete checkpoint in {parent}; needed folders such as checkpoint-20{reasons}")
     if len(layouts) > 1:
         raise CheckpointError(f"{parent} mixes {' and '.join(layouts)} checkpoints; keep one kind in one directory")
-    return Run(directory, next(iter(layouts.values())), found, skipped)
+    return Run(directory, next(iter(layouts.values())), found, directories, skipped)
+
+
+def step_in_name(name: str) -> int | None:
+    """The step that a directory or revision is named for: ``checkpoint-20``, ``GRPO-step-20``."""
+    match = _STEP.fullmatch(name) or _TAIL.fullmatch(name)
+    return int(next(group for group in match.groups() if group)) if match else None
 
 
 def step_of(path: Path) -> int | None:
     """The step of a directory by its name, else by its ``trainer_state.json``."""
-    if match := _STEP.fullmatch(path.name):
-        return int(match.group(1) or match.group(2))
-    return _saved_step(path)
+    step = step_in_name(path.name)
+    return _saved_step(path) if step is None else step
 
 
 def _saved_step(path: Path) -> int | None:
     return read_json(path / STATE).get("global_step") if (path / STATE).exists() else None
 
 
-def _checked_step(path: Path, step: int, found: dict[int, Checkpoint]) -> int:
+def _checked_step(path: Path, step: int, found: dict[int, Path], marks: "_Marks") -> int:
     """The step, or a ``CheckpointError`` that says why this directory is not read."""
     if (saved := _saved_step(path)) not in (None, step):
         raise CheckpointError(f"its name says step {step}, its {STATE} says {saved}; rename it or leave it out")
     if step in found:
-        raise CheckpointError(f"step {step} is here twice, {found[step].directory.name} was taken")
-    if (
-        any(sibling.is_dir() and (sibling / STABLE).exists() for sibling in path.parent.iterdir())
-        and not (path / STABLE).exists()
-    ):
+        raise CheckpointError(f"step {step} is here twice, {found[step].name} was taken")
+    if marks.stable and not (path / STABLE).exists():
         raise CheckpointError(f"still being written: others beside it have the marker {STABLE}, it has not")
-    latest = _latest(path.parent)
-    if latest is not None and step > latest:
-        raise CheckpointError(f"still being written: the run's own mark says that {latest} is its newest complete step")
+    if marks.latest is not None and step > marks.latest:
+        raise CheckpointError(
+            f"still being written: the run's own mark says that {marks.latest} is its newest complete step"
+        )
     return step
 
 
-def _latest(parent: Path) -> int | None:
-    """The newest complete step by the file in which verl, SkyRL, Megatron or DeepSpeed keeps it."""
-    for name in _LATEST:
-        if (parent / name).is_file() and (digits := re.search(r"\d+", (parent / name).read_text())):
-            return int(digits.group())
-    return None
+@dataclass(frozen=True, slots=True)
+class _Marks:
+    """What a trainer says of its steps: the newest complete one (verl, SkyRL, Megatron, DeepSpeed), or each (prime-rl)."""
+
+    latest: int | None
+    stable: bool
+
+
+def _marks(parent: Path, named: list[tuple[Path, int]]) -> _Marks:
+    texts = ((parent / name).read_text() for name in _LATEST if (parent / name).is_file())
+    digits = [int(found.group()) for text in texts if (found := re.search(r"\d+", text))]
+    return _Marks(digits[0] if digits else None, any((path / STABLE).exists() for path, _ in named))
 
 
 def _step_directories(directory: Path) -> tuple[Path, list[tuple[Path, int]], dict[str, str]]:
@@ -148,19 +168,23 @@ def _step_directories(directory: Path) -> tuple[Path, list[tuple[Path, int]], di
 
 
 def base_of(run: Run, name: str | None) -> tuple[str, FullCheckpoint]:
-    """The base of a run: the one given, else the one that the run names; raises ``CheckpointError`` when there is neither."""
+    """The base of a run: the one given, else the one that it names; ``CheckpointError`` for neither or one of other tokens."""
     chosen = name or run.base_name()
     if chosen is None:
         raise CheckpointError(
             f"{run.directory} does not name its base; give it with --base (a directory, a Hub name or bundled:NAME)"
         )
-    return chosen, FullCheckpoint(resolve_base(chosen))
+    base = resolve_base(chosen)
+    if run.directories:  # a remote run's tokenizer would have to be fetched
+        require_same_tokens(run.directories[run.steps[-1]], base)
+    return chosen, FullCheckpoint(base)
 
 
 def effective_weights(checkpoint: Checkpoint, base: FullCheckpoint) -> Iterator[tuple[str, Tensor]]:
     """Every weight of the model that a checkpoint stands for, in float32; an adapter is added to the base."""
+    changed = checkpoint.shapes_on(base)
     for name in base.shapes:
-        if name not in checkpoint.shapes:
+        if name not in changed:
             yield name, base.weight(name)
         elif isinstance(checkpoint, AdapterCheckpoint):
             yield name, checkpoint.weight(name, base)

@@ -17,6 +17,7 @@ from rankleap.cli.leap import leap
 from rankleap.cli.report import report
 from rankleap.cli.train import train
 from rankleap.cli.trajectory import trajectory
+from rankleap.cli.watch import watch
 from rankleap.errors import InputError, RankleapError
 
 app = typer.Typer(
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (demo, train, inspect, trajectory, leap, evaluate, report, doctor):
+for verb in (demo, train, inspect, trajectory, watch, leap, evaluate, report, doctor):
     app.command()(verb)
 
 

@@ -2,8 +2,7 @@
 
 from importlib.util import find_spec
 
-from rankleap.cli.options import Json
-from rankleap.cli.show import show_json, show_table
+from rankleap.cli.show import Json, show_json, show_table
 
 _NEEDS = {
     "trajectory, leap, inspect": ["torch", "transformers", "safetensors", "scipy"],

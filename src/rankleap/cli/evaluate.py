@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rankleap.cli.options import Base, Json
-from rankleap.cli.show import extras, show_json, show_table
+from rankleap.cli.show import Base, Json, extras, show_json, show_table
 from rankleap.errors import InputError
 from rankleap.files import read_json
 from rankleap.records import Estimate, Split
@@ -76,8 +75,7 @@ def _evaluate_all(
     from rich.progress import track
     from transformers.utils.logging import disable_progress_bar
 
-    from rankleap.evaluation.evaluate import evaluate, evaluate_checkpoint
-    from rankleap.evaluation.load import load_model
+    from rankleap.evaluation.evaluate import evaluate, evaluate_checkpoint, load_model
     from rankleap.evaluation.saved import samples_path
     from rankleap.tasks.grading import GraderPool
 

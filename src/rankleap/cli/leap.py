@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from rankleap.cli.options import Base, Json, RunDirectory
-from rankleap.cli.show import extras, show_json, show_table
+from rankleap.cli.show import Base, Json, RunDirectory, extras, show_json, show_table
 from rankleap.errors import InputError
 
 if TYPE_CHECKING:

@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rankleap.cli.options import Json
-from rankleap.cli.show import extras, show_json, show_table
+from rankleap.cli.show import Json, extras, show_json, show_table
 
 
 def report(

@@ -1,10 +1,30 @@
-"""Prints results: a table for a person, JSON for a program. The only place, with the verbs, that prints."""
+"""What the verbs share: arguments that read and behave the same, and results as a table for a person or JSON for a program."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from rankleap.errors import MissingExtraError
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+RunDirectory = Annotated[Path, typer.Argument(help="A run: a directory that holds checkpoint-N folders.")]
+RunLocation = Annotated[
+    str,
+    typer.Argument(help="A run of any trainer: a directory with step folders, hf://ORG/REPO, or a URL such as s3://…"),
+]
+Base = Annotated[
+    str | None, typer.Option(help="What the run was trained from: a directory, a Hub name or bundled:NAME.")
+]
+Rank = Annotated[int, typer.Option(min=1, help="Singular triplets kept of each matrix.")]
+TrustPickle = Annotated[
+    bool, typer.Option("--trust-pickle", help="Let pickled checkpoints name any global; opening them may run any code.")
+]
+Workers = Annotated[int, typer.Option(min=1, help="Processes of this machine, one thread each.")]
+Device = Annotated[str, typer.Option(help="Where matrices are factored: cpu or cuda.")]
 
 _EXTRA_OF = {
     "trl": "train",
@@ -17,9 +37,9 @@ _EXTRA_OF = {
 }
 
 
-def show_json(value: object) -> None:
-    """Print a result as JSON."""
-    print(json.dumps(value, indent=2, default=str))
+def show_json(value: object, indent: int | None = 2) -> None:
+    """Print a result as JSON; on one line without an indent, for results that follow each other."""
+    print(json.dumps(value, indent=indent, default=str), flush=True)
 
 
 def show_table(title: str, rows: Sequence[Mapping[str, object]], *, note: str = "") -> None:

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rankleap.cli.options import Json
-from rankleap.cli.show import extras, show_json, show_table, size
+from rankleap.cli.show import Json, extras, show_json, show_table, size
 
 if TYPE_CHECKING:
     from rankleap.training import Plan

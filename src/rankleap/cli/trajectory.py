@@ -5,38 +5,63 @@ from typing import Annotated
 
 import typer
 
-from rankleap.cli.options import Base, Json, RunDirectory
-from rankleap.cli.show import show_json, show_table, size
+from rankleap.cli.show import Base, Device, Json, Rank, RunLocation, TrustPickle, Workers, show_json, show_table, size
 
 
 def trajectory(
-    directory: RunDirectory,
+    directory: RunLocation,
     base: Base = None,
-    rank: Annotated[int, typer.Option(min=1, help="Singular triplets kept of each matrix.")] = 4,
+    rank: Rank = 4,
     out: Annotated[Path | None, typer.Option(help="Where to write; default DIRECTORY/trajectory.")] = None,
+    workers: Workers = 1,
+    ray: Annotated[
+        str | None, typer.Option(help="Ray's address: local, auto or ray://HOST:PORT; needs rankleap[cluster].")
+    ] = None,
+    device: Device = "cpu",
+    spectra: Annotated[
+        list[str] | None, typer.Option(help="Also whole spectra of the tensors of this glob; a full SVD each.")
+    ] = None,
+    trust_pickle: TrustPickle = False,
     as_json: Json = False,
 ) -> None:
     """Write the rank-k factors of every checkpoint's delta since the base; only missing steps are computed."""
     from rich.progress import track
 
     from rankleap.checkpoints import open_run
-    from rankleap.trajectory import recording_of
+    from rankleap.errors import CheckpointError
+    from rankleap.trajectory import record_step, recording_of, unseparated
 
-    run = open_run(directory)
-    recording, path = recording_of(run, base, out or directory / "trajectory", rank)
+    run = open_run(directory, trust_pickle)
+    if out is None and "://" in directory:
+        raise CheckpointError(f"{directory} is not on this machine; say where to write its factors with --out")
+    recording, path = recording_of(run, base, out or Path(directory) / "trajectory", rank)
     missing = sorted(set(path.steps) - set(recording.steps()))
     for step in track(missing, description="factoring", disable=as_json or not missing):
-        # A generator, so that one tensor's delta is in memory at a time.
-        recording.add(step, ((name, path.delta(name, step)) for name in path.shapes))
+        record_step(recording, path, step, workers, ray, device)
+    whole: list[str] = []
+    if spectra:
+        from rankleap.analysis.evidence import write_spectra
+
+        whole = write_spectra(path, recording.directory.parent, spectra)
     result = {
         "trajectory": str(recording.directory),
         "steps": recording.steps(),
         "rank": rank,
         "trajectory_bytes": sum(path.stat().st_size for path in recording.directory.iterdir()),
         "checkpoint_bytes": sum(checkpoint.size_bytes() for checkpoint in run.checkpoints.values()),
+        "not_separated": unseparated(recording, recording.steps()[-1]),
+        "skipped": run.skipped,
+        **({"spectra": whole} if spectra else {}),
     }
     if as_json:
         show_json(result)
-    else:
-        sizes = {key: size(value) for key, value in result.items() if isinstance(value, int) and key != "rank"}
-        show_table("trajectory", [{"": key, "value": sizes.get(key, value)} for key, value in result.items()])
+        return
+    sizes = {key: size(value) for key, value in result.items() if isinstance(value, int) and key.endswith("_bytes")}
+    names = ", ".join(result["not_separated"][:4]) + (" …" if len(result["not_separated"]) > 4 else "")
+    result["not_separated"] = f"{len(result['not_separated'])} of {len(path.shapes)} {names}".strip()
+    rows = {**result, **sizes, "skipped": "\n".join(f"{name}: {why}" for name, why in run.skipped.items()) or "none"}
+    show_table(
+        "trajectory",
+        [{"": key.removesuffix("_bytes").replace("_", " "), "value": value} for key, value in rows.items()],
+        note="not separated: matrices whose first direction is one of several near-equal ones, in the last step",
+    )

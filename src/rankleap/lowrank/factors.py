@@ -1,33 +1,39 @@
-"""Singular triplets of one delta, exact or converged to a residual, with the residual carried as a certificate.
+"""Singular triplets of one delta, exact or converged to a residual, with two certificates carried along.
 
     ΔW ≈ Σ_k σ_k u_k v_kᵀ        residual_k = max(‖ΔW v_k - σ_k u_k‖, ‖ΔWᵀ u_k - σ_k v_k‖) / σ₁
+                                  angle_k    = residual_k · σ₁ / (distance of σ_k to the nearest other singular value)
+
+The residual says that it is a triplet; the angle, Wedin's bound on the sine between u_k, v_k and the true ones (Stewart &
+Sun, Matrix Perturbation Theory, §V.4), says whether it has a direction of its own: near-equal singular values have none.
 
 A product L·R is factored exactly without multiplying it out: L = Q_l·C_l, Rᵀ = Q_r·C_r, and the SVD of the R × R core
-C_l·C_rᵀ. A small dense matrix gets a full SVD; a large one the Lanczos method (ARPACK through SciPy), whose residual is
-then measured. Not converged is an error, never a guess.
+C_l·C_rᵀ. A small dense matrix gets a full SVD; a large one block Lanczos (``lanczos``), straight from the files if need be.
 
-Shapes: M rows, N columns, R triplets, K the smaller side of a core. float32 in, float32 out.
+Shapes: M rows, N columns, R triplets, K the smaller side of a core, E fused experts. float32 in, float32 out.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackError, svds
 from torch import Tensor
 
-from rankleap.checkpoints.delta import Delta, LowRank, dense
+from rankleap.checkpoints import Delta, DeltaRows, LowRank
+from rankleap.checkpoints.delta import BLOCK_BYTES, not_finite, require_finite, row_slices
 from rankleap.errors import NotConvergedError
+from rankleap.lowrank.lanczos import Blocks, lanczos
 
-FULL_SVD_SIDE = 384
-"""Up to this smaller side a full SVD costs less than converging a few triplets."""
+FULL_SVD_SIDE = 256
+"""Up to this smaller side a full SVD costs little more than converging a few triplets, and gives Σσ."""
 TOLERANCE = 1e-4
 """Largest residual, relative to σ₁, that counts as converged."""
+SEPARATED = 0.02
+"""Largest angle, in radians, of a vector that may be called the direction of its singular value."""
 
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """Top singular triplets of one matrix's delta, strongest first.
+    """Top singular triplets of one matrix's delta, strongest first; empty for a delta that is exactly zero.
 
     ``norm`` is ‖ΔW‖_F of the whole delta and ``nuclear`` its Σσ (``None`` where the full spectrum was not computed).
     """
@@ -36,24 +42,100 @@ class Factors:
     sigma_R: Tensor
     right_RN: Tensor
     residual_R: Tensor
+    angle_R: Tensor
     norm: float
     nuclear: float | None
+
+    @property
+    def separated_R(self) -> Tensor:
+        """Which triplets have a direction of their own; the others span one together with their neighbours."""
+        return self.angle_R <= SEPARATED
 
     def low_rank(self) -> LowRank:
         """The truncated delta as a product."""
         return LowRank(self.left_MR * self.sigma_R, self.right_RN)
 
 
-def factorise(delta: Delta, rank: int, tolerance: float = TOLERANCE) -> Factors:
-    """Top ``rank`` triplets (fewer if the matrix is smaller); ``NotConvergedError`` above ``tolerance``."""
+@dataclass(slots=True)
+class Workspace:
+    """Memory for one dense delta at a time, reused: fresh pages cost more than reading the file does.
+
+    A delta that does not fit in ``limit_bytes`` is read from its files again at every pass.
+    """
+
+    limit_bytes: int = 1 << 30
+    device: str = "cpu"
+    _buffer: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def blocks(self, delta: DeltaRows) -> Blocks:
+        """Row blocks of a matrix: from the files on the first pass, from memory on later ones."""
+        size = delta.shape.numel()
+        if 4 * size > self.limit_bytes:
+            return lambda: delta.read(None, None)
+        if len(self._buffer) < size:
+            self._buffer = torch.empty(size, device=self.device)
+        matrix_MN = self._buffer[:size].view(delta.shape)
+        passes = [lambda: delta.read(None, matrix_MN)]  # used up by the first pass
+
+        return lambda: passes.pop()() if passes else resident_blocks(matrix_MN)
+
+
+def resident_blocks(delta_MN: Tensor) -> list[Tensor]:
+    """Row blocks of a matrix in memory: of the cache's size on a CPU, the whole of it elsewhere."""
+    size_bytes = delta_MN.nbytes if delta_MN.is_cuda else BLOCK_BYTES
+    return [delta_MN[rows] for rows in row_slices(delta_MN.shape, size_bytes)]
+
+
+def factorise(
+    delta: Delta | DeltaRows,
+    rank: int,
+    tolerance: float = TOLERANCE,
+    start_N: Tensor | None = None,
+    workspace: Workspace | None = None,
+    name: str = "the delta",
+) -> Factors:
+    """Top ``rank`` triplets (fewer if the matrix is smaller, none if it is zero).
+
+    ``start_N``: a right vector to begin with, say the neighbouring step's. Triplets that stay above ``tolerance`` although
+    they stand apart are a ``NotConvergedError``; NaN and infinity a ``NotFiniteError`` that names ``name``.
+    """
+    workspace = workspace or Workspace()
+    if isinstance(delta, DeltaRows) and min(delta.shape) <= FULL_SVD_SIDE:
+        delta = torch.cat(list(delta.read(None, None)))
     if isinstance(delta, LowRank):
-        left_MK, sigma_K, right_KN = _svd_of_product(delta)
-    elif min(delta.shape) <= FULL_SVD_SIDE:
-        left_MK, sigma_K, right_KN = torch.linalg.svd(delta, full_matrices=False)
-    else:
-        return _lanczos(delta, rank, tolerance)
-    norm, nuclear = float(torch.linalg.vector_norm(sigma_K)), float(sigma_K.sum())
-    return _certified(delta, (left_MK[:, :rank], sigma_K[:rank], right_KN[:rank]), norm, nuclear, tolerance)
+        return _of_spectrum(delta, _svd_of_product(delta), rank, tolerance)
+    if isinstance(delta, Tensor) and min(delta.shape) <= FULL_SVD_SIDE:
+        require_finite(delta, name, "what was read")
+        return _of_spectrum(delta, torch.linalg.svd(delta, full_matrices=False), rank, tolerance)
+    blocks = (lambda: resident_blocks(delta)) if isinstance(delta, Tensor) else workspace.blocks(delta)
+    rows, columns = delta.shape
+    found = lanczos(blocks, (rows, columns), rank, tolerance, start_N, workspace.device)
+    if not math.isfinite(found.norm):
+        raise not_finite(name, "what was read")
+    if not len(found.sigma_R):
+        return _empty(delta.shape)
+    return _certified(
+        (found.left_MR, found.sigma_R, found.right_RN),
+        found.residual_R,
+        found.next_sigma,
+        (found.norm, None),
+        tolerance,
+    )
+
+
+def factorise_experts(
+    delta: Tensor | DeltaRows,
+    rank: int,
+    starts_EN: Tensor | None = None,
+    workspace: Workspace | None = None,
+    name: str = "the delta",
+) -> list[Factors]:
+    """Factors of every expert's matrix of a fused E × M × N tensor."""
+    matrices = (delta.expert(e) if isinstance(delta, DeltaRows) else delta[e] for e in range(delta.shape[0]))
+    return [
+        factorise(matrix, rank, TOLERANCE, None if starts_EN is None else starts_EN[e], workspace, f"{name}[{e}]")
+        for e, matrix in enumerate(matrices)
+    ]
 
 
 def rank_one_shares(factors: Factors) -> dict[str, float | None]:
@@ -74,37 +156,45 @@ def _svd_of_product(delta: LowRank) -> tuple[Tensor, Tensor, Tensor]:
     return left_MK @ u_KK, sigma_K, vh_KK @ right_NK.T
 
 
-def _lanczos(delta_MN: Tensor, rank: int, tolerance: float) -> Factors:
-    # ARPACK's own start is random, and two runs would differ in their last digits.
-    start = np.random.default_rng(0).standard_normal(min(delta_MN.shape)).astype(np.float32)
-    # The method cannot give every triplet of a matrix, at most all but one.
-    k = min(rank, min(delta_MN.shape) - 1)
-    try:
-        # ARPACK's tolerance bounds another error than the residual measured below, hence the margin.
-        triplets = svds(delta_MN.numpy(), k=k, tol=tolerance / 10, v0=start)  # pyright: ignore[reportArgumentType]
-    except ArpackError as error:
-        raise NotConvergedError(f"the SVD of a {tuple(delta_MN.shape)} delta did not converge: {error}") from None
-    left_MR, sigma_R, right_RN = (np.asarray(part) for part in triplets)
-    # svds promises no order.
-    order = np.argsort(-sigma_R)
-    left, sigma, right = (torch.from_numpy(a.copy()) for a in (left_MR[:, order], sigma_R[order], right_RN[order]))
-    # ‖ΔW‖_F needs no spectrum, Σσ needs all of it: hence the None.
-    return _certified(delta_MN, (left, sigma, right), float(torch.linalg.vector_norm(delta_MN)), None, tolerance)
+def _of_spectrum(delta: Delta, svd: tuple[Tensor, Tensor, Tensor], rank: int, tolerance: float) -> Factors:
+    """The top of a whole spectrum, certified against the delta itself."""
+    left_MK, sigma_K, right_KN = svd
+    if not sigma_K.any():
+        return _empty(delta.shape)
+    left_MR, sigma_R, right_RN = left_MK[:, :rank], sigma_K[:rank], right_KN[:rank]
+    misses = (_apply(delta, right_RN.T) - left_MR * sigma_R, _apply(_transposed(delta), left_MR) - right_RN.T * sigma_R)
+    residual_R = torch.maximum(*(torch.linalg.vector_norm(miss, dim=0) for miss in misses)) / sigma_R[0]
+    norms = float(torch.linalg.vector_norm(sigma_K)), float(sigma_K.sum())
+    following = float(sigma_K[rank]) if rank < len(sigma_K) else 0.0
+    return _certified((left_MR, sigma_R, right_RN), residual_R, following, norms, tolerance)
 
 
 def _certified(
-    delta: Delta, triplets: tuple[Tensor, Tensor, Tensor], norm: float, nuclear: float | None, tolerance: float
+    triplets: tuple[Tensor, Tensor, Tensor],
+    residual_R: Tensor,
+    next_sigma: float,
+    norms: tuple[float, float | None],
+    tolerance: float,
 ) -> Factors:
     left_MR, sigma_R, right_RN = (part.contiguous() for part in _canonical(*triplets))
-    forward_MR, backward_NR = _apply(delta, right_RN.T), _apply(_transposed(delta), left_MR)
-    misses = (forward_MR - left_MR * sigma_R, backward_NR - right_RN.T * sigma_R)
-    residual_R = torch.maximum(*(torch.linalg.vector_norm(miss, dim=0) for miss in misses)) / sigma_R[0]
-    if not float(residual_R.max()) <= tolerance:  # NaN is no certificate either
+    padded = torch.cat([sigma_R.new_tensor([math.inf]), sigma_R, sigma_R.new_tensor([next_sigma])])
+    gap_R = torch.minimum(padded[:-2] - sigma_R, sigma_R - padded[2:]) / sigma_R[0]
+    # Overlapping estimates leave no gap at all, and no bound.
+    angle_R = torch.where(gap_R > 0, residual_R / gap_R, math.inf)
+    # Whether it stands apart is judged by more than its own residual: an unconverged neighbour pulls both ways.
+    missed = ~(residual_R <= tolerance) & ~(gap_R < 10 * residual_R)  # NaN is no certificate either
+    if bool(missed.any()):
         raise NotConvergedError(
-            f"the SVD of a {tuple(delta.shape)} delta has a residual of {float(residual_R.max()):.1e}·σ₁, "
+            f"the SVD of a {(len(left_MR), right_RN.shape[1])} delta has a residual of {float(residual_R.max()):.1e}·σ₁, "
             f"needed {tolerance:.0e}; ask for fewer triplets"
         )
-    return Factors(left_MR, sigma_R, right_RN, residual_R, norm, nuclear)
+    angle_R = torch.where(residual_R <= tolerance, angle_R, math.inf)
+    return Factors(left_MR, sigma_R, right_RN, residual_R, angle_R, *norms)
+
+
+def _empty(shape: torch.Size) -> Factors:
+    none = torch.zeros(0)
+    return Factors(torch.zeros(shape[0], 0), none, torch.zeros(0, shape[1]), none, none, 0.0, 0.0)
 
 
 def _canonical(left_MR: Tensor, sigma_R: Tensor, right_RN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,4 +210,4 @@ def _apply(delta: Delta, vectors_NR: Tensor) -> Tensor:
 
 
 def _transposed(delta: Delta) -> Delta:
-    return LowRank(delta.right_RN.T, delta.left_MR.T) if isinstance(delta, LowRank) else dense(delta).T
+    return LowRank(delta.right_RN.T, delta.left_MR.T) if isinstance(delta, LowRank) else delta.T

@@ -8,13 +8,14 @@ a weighted sum Σ a_t Δ_t has the squared norm aᵀ G a. From adapters, G needs
 Shapes: T steps, R temporal components. G is float64.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rankleap.checkpoints.delta import Delta, inner
+from rankleap.errors import TrajectoryError
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,21 @@ def gram(deltas: Sequence[Delta]) -> Tensor:
         for t, second in enumerate(deltas[: s + 1]):
             gram_TT[s, t] = gram_TT[t, s] = inner(first, second)
     return gram_TT
+
+
+def gram_of_increments(blocks_TD: Iterable[Tensor]) -> Tensor:
+    """G in one pass, from row blocks of the increments Δ_1, Δ_2 - Δ_1, …, each T × D float32; T × T, float64.
+
+    Summed from increments, distances along the path keep float32's relative precision: as differences of the deltas'
+    own inner products, which nearly agree, they would lose it.
+    """
+    total_TT: Tensor | None = None
+    for block_TD in blocks_TD:
+        product_TT = (block_TD @ block_TD.T).double().cpu()
+        total_TT = product_TT if total_TT is None else total_TT.add_(product_TT)
+    if total_TT is None:
+        raise TrajectoryError("a Gram matrix needs at least one row of one delta, got none")
+    return total_TT.cumsum(0).cumsum(1)
 
 
 def temporal_basis(gram_TT: Tensor, rank: int = 1) -> TemporalBasis:

@@ -84,7 +84,7 @@ class Mixture(Forecast):
         used = [(float(w), s) for w, s in zip(weight_T, self.trajectory.steps, strict=True) if w != 0]
         # Every weight zero is the base: a zero delta that has the shape and kind of a real one.
         used = used or [(0.0, self.trajectory.steps[-1])]
-        return combine([self.trajectory.delta(name, s) for _, s in used], [w for w, _ in used])
+        return combine((w, self.trajectory.delta(name, s)) for w, s in used)
 
     def to_json(self) -> dict[str, object]:
         """Settings and weights as plain values."""

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import torch
 
-from rankleap.lowrank import gram, temporal_basis
+from rankleap.lowrank import temporal_basis
 from rankleap.predictors.forecast import Forecast, Line, Mixture, Origin, Predictor
 from rankleap.trajectory import Trajectory, line_weights
 
@@ -36,8 +36,7 @@ class Relex(Predictor):
         return Mixture(self.name, self.origin, trajectory, float(step_T[-1]), lines)
 
     def _line(self, trajectory: Trajectory, name: str, first: int, step_T: torch.Tensor) -> Line:
-        deltas = [trajectory.delta(name, step) for step in trajectory.steps[first:]]
-        basis = temporal_basis(gram(deltas))
+        basis = temporal_basis(trajectory.gram(name, first))
         # The intercept stays, as published: the line need not pass through the base.
         at_zero, at_one = (float(line_weights(step_T[first:], at) @ basis.coords_TR[:, 0]) for at in (0.0, 1.0))
         mix_T = torch.nn.functional.pad(basis.mix_RT[0], (first, 0))

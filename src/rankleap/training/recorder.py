@@ -47,7 +47,7 @@ class TrajectoryRecorder(TrainerCallback):
             return
         model = _live(kwargs)
         self._base = FullCheckpoint(resolve_base(self.base))
-        names = list(_adapted(model)) if isinstance(model, PeftModel) else _names(model, self._base)
+        names = list(_adapted(model, self._base)) if isinstance(model, PeftModel) else _names(model, self._base)
         self._recording = open_recording(Path(self.directory), self.base, self._base, self.rank, names)
         self._recording.keep_until(state.global_step)
 
@@ -97,11 +97,11 @@ def _adapter_deltas(model: PeftModel, base: FullCheckpoint) -> Iterator[tuple[st
         model.save_pretrained(directory)
         # Its tensors are read one by one, so the directory has to outlive the last of them.
         adapter = AdapterCheckpoint(Path(directory))
-        for name in adapter.shapes:
+        for name in adapter.shapes_on(base):
             yield name, adapter.delta(name, base)
 
 
-def _adapted(model: PeftModel) -> dict[str, tuple[int, ...]]:
+def _adapted(model: PeftModel, base: FullCheckpoint) -> dict[str, tuple[int, ...]]:
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
-        return AdapterCheckpoint(Path(directory)).shapes
+        return AdapterCheckpoint(Path(directory)).shapes_on(base)

@@ -12,19 +12,27 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from rankleap.checkpoints import resolve_base
 from rankleap.config import Recipe
 from rankleap.errors import DiskSpaceError, InputError
-from rankleap.files import read_json, require_space, write_json, write_manifest, write_text
+from rankleap.files import (
+    append_jsonl,
+    read_json,
+    read_jsonl,
+    require_space,
+    write_json,
+    write_jsonl,
+    write_manifest,
+    write_text,
+)
 from rankleap.training.build import Built, build, check
-from rankleap.training.log import MetricsLog
 from rankleap.training.recorder import TrajectoryRecorder
 from rankleap.training.reground import Leaper, leap_is_missing
 
@@ -34,6 +42,47 @@ MEASURED_UP_TO = 10**9
 """Parameters up to which a dry run takes a few real steps on a machine without a GPU."""
 ADAM_BYTES = 8
 """Two float32 moments for each trained parameter."""
+
+
+METRICS = {
+    "reward": "reward",
+    "reward_std": "reward_std",
+    # Share of groups whose rewards are all equal: they give no gradient.
+    "frac_reward_zero_std": "no_signal",
+    "loss": "loss",
+    "grad_norm": "grad_norm",
+    "kl": "kl",
+    "entropy": "entropy",
+    "learning_rate": "learning_rate",
+    "num_tokens": "tokens",
+    "completions/mean_length": "completion_tokens",
+    "completions/clipped_ratio": "truncated",
+}
+"""Columns of ``metrics.jsonl`` by TRL's names for them."""
+
+
+@dataclass
+class MetricsLog(TrainerCallback):
+    """Appends each step's metrics to ``path`` with ``wall_s``, the seconds of training so far, which a resume carries on."""
+
+    path: Path
+    _zero_s: float = field(default=0.0, init=False)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Keep what lies before the step that training starts from."""
+        kept = [row for row in read_jsonl(self.path) if row["step"] <= state.global_step] if self.path.exists() else []
+        write_jsonl(self.path, kept)
+        self._zero_s = time.perf_counter() - (kept[-1]["wall_s"] if kept else 0.0)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        """Append a row; the trainer's closing summary, which has no reward, is left out."""
+        logs = kwargs.get("logs")
+        if isinstance(logs, dict) and "reward" in logs:
+            row = {ours: logs[theirs] for theirs, ours in METRICS.items() if theirs in logs}
+            wall_s = round(time.perf_counter() - self._zero_s, 3)
+            append_jsonl(self.path, {"step": state.global_step, "wall_s": wall_s, **row})
 
 
 @dataclass(frozen=True, slots=True)

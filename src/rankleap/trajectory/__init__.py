@@ -3,7 +3,7 @@
 from rankleap.trajectory.align import AlignedFactors, align
 from rankleap.trajectory.linearity import Linearity, LinearityEvidence, line_weights, linearity, linearity_with_nulls
 from rankleap.trajectory.path import CheckpointTrajectory, RecordedTrajectory, Trajectory, run_trajectory
-from rankleap.trajectory.record import Recording, open_recording, recording_of
+from rankleap.trajectory.record import Recording, open_recording, record_step, recording_of, unseparated
 
 __all__ = [
     "AlignedFactors",
@@ -18,6 +18,8 @@ __all__ = [
     "linearity",
     "linearity_with_nulls",
     "open_recording",
+    "record_step",
     "recording_of",
     "run_trajectory",
+    "unseparated",
 ]

@@ -10,18 +10,22 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from rankleap.checkpoints import (
     Checkpoint,
     Delta,
+    DeltaRows,
     FullCheckpoint,
     LowRank,
     Run,
     require_same_shapes,
 )
+from rankleap.checkpoints.delta import BLOCK_BYTES, not_finite
 from rankleap.checkpoints.source import open_safetensors
 from rankleap.errors import BaseMismatchError, TrajectoryError
 from rankleap.files import read_json
+from rankleap.lowrank import gram, gram_of_increments
 
 INDEX = "index.json"
 FORMAT = 1
@@ -45,26 +49,53 @@ class Trajectory(ABC):
     def until(self, step: int) -> "Trajectory":
         """The same trajectory without the steps after ``step``."""
 
+    def lazy_delta(self, name: str, step: int) -> Delta | DeltaRows:
+        """The same for one that need not be in memory as a whole."""
+        return self.delta(name, step)
+
     def deltas(self, name: str) -> list[Delta]:
-        """Deltas of one tensor at every step, in order."""
+        """Deltas of one tensor at every step, in order; for whole models ``gram`` needs far less memory."""
         return [self.delta(name, step) for step in self.steps]
+
+    def gram(self, name: str, first: int = 0) -> Tensor:
+        """G of one tensor's deltas from the ``first``-th step on, T × T, float64."""
+        return gram([self.delta(name, step) for step in self.steps[first:]])
 
 
 class CheckpointTrajectory(Trajectory):
     """Exact deltas, computed from checkpoints when they are asked for."""
 
     def __init__(self, base: FullCheckpoint, checkpoints: Mapping[int, Checkpoint]) -> None:
-        """Raises ``BaseMismatchError`` when a checkpoint does not fit the base."""
-        for checkpoint in checkpoints.values():
-            require_same_shapes(checkpoint.shapes, base, checkpoint.directory)
-        first = next(iter(checkpoints.values()))
-        super().__init__(list(checkpoints), first.shapes)
+        """Raises ``BaseMismatchError`` when one does not fit the base, ``TrajectoryError`` when they cover different modules."""
+        shapes, *others = (checkpoint.shapes_on(base) for checkpoint in checkpoints.values())
+        later = zip(list(checkpoints.values())[1:], others, strict=True)
+        if different := next((checkpoint for checkpoint, found in later if found != shapes), None):
+            places = f"{next(iter(checkpoints.values())).directory} and {different.directory}"
+            raise TrajectoryError(f"{places} do not hold the same tensors; keep one run in one directory")
+        super().__init__(list(checkpoints), shapes)
         self.base = base
         self.checkpoints = dict(checkpoints)
 
     def delta(self, name: str, step: int) -> Delta:
         """Delta of one tensor since the base at one step, float32; products from LoRA stay products."""
         return self.checkpoints[step].delta(name, self.base)
+
+    def lazy_delta(self, name: str, step: int) -> Delta | DeltaRows:
+        """A product from LoRA and its kin, else row blocks of a matrix, else a vector."""
+        return lazy_delta(self.checkpoints[step], name, self.base)
+
+    def gram(self, name: str, first: int = 0) -> Tensor:
+        """G of one tensor's deltas in one pass over the files, a few rows of every step at a time."""
+        full = [c for c in self.checkpoints.values() if isinstance(c, FullCheckpoint)][first:]
+        if not full or not self.shapes[name]:
+            return super().gram(name, first)
+        # The increments are differences of neighbours, so that the base is read but once.
+        sides = [side.blocks(name, BLOCK_BYTES // 4) for side in (self.base, *full)]
+        blocks = (torch.stack([block.flatten() for block in rows]).diff(dim=0) for rows in zip(*sides, strict=True))
+        gram_TT = gram_of_increments(blocks)
+        if not bool(torch.isfinite(gram_TT).all()):
+            raise not_finite(name, "one of " + ", ".join(str(checkpoint.directory) for checkpoint in full))
+        return gram_TT
 
     def until(self, step: int) -> "CheckpointTrajectory":
         """The same trajectory without the steps after ``step``; raises ``TrajectoryError`` if none is left."""
@@ -89,15 +120,17 @@ class RecordedTrajectory(Trajectory):
         self.directory = directory
 
     def delta(self, name: str, step: int) -> Delta:
-        """The recorded delta: a product of rank k for a matrix, a dense vector for a vector, zero if it had not moved."""
-        parts = read_factors(self.directory, step, name)
+        """The recorded delta: a product of rank k for a matrix or each expert's, a dense vector, zero if it had not moved."""
+        parts = read_factors(step_file(self.directory, step), name)
         shape = self.shapes[name]
         if "vector" in parts:
             return parts["vector"]
         if "left" in parts:
-            return LowRank(parts["left"] * parts["sigma"], parts["right"])
+            return LowRank(parts["left"] * parts["sigma"][..., None, :], parts["right"])
+        if len(shape) not in (2, 3):
+            return torch.zeros(shape)
         # A product of rank 0, so that its sum with other products stays a product.
-        return torch.zeros(shape) if len(shape) != 2 else LowRank(torch.zeros(shape[0], 0), torch.zeros(0, shape[1]))
+        return LowRank(torch.zeros(*shape[:-1], 0), torch.zeros(*shape[:-2], 0, shape[-1]))
 
     def until(self, step: int) -> "RecordedTrajectory":
         """The same trajectory without the steps after ``step``; raises ``TrajectoryError`` if none is left."""
@@ -114,6 +147,13 @@ class RecordedTrajectory(Trajectory):
             )
 
 
+def lazy_delta(checkpoint: Checkpoint, name: str, base: FullCheckpoint) -> Delta | DeltaRows:
+    """A delta of one checkpoint that is not read as a whole: a product, row blocks, or a vector."""
+    if len(base.shapes[name]) < 2:
+        return checkpoint.delta(name, base)
+    return checkpoint.lazy_delta(name, base)
+
+
 def _require_some(steps: Sequence[int], last: int) -> None:
     if not any(step <= last for step in steps):
         raise TrajectoryError(f"no checkpoint up to step {last}; there are {list(steps)}")
@@ -124,18 +164,13 @@ def step_file(directory: Path, step: int) -> Path:
     return directory / f"step-{step:06d}.safetensors"
 
 
-def read_factors(directory: Path, step: int, name: str) -> dict[str, torch.Tensor]:
-    """Stored parts of one tensor at one step: ``left, sigma, right, residual, norm``, or ``vector``; empty if zero."""
-    with open_safetensors(step_file(directory, step)) as file:
-        keys = [key for key in file.keys() if key.rpartition("|")[0] == name]  # noqa: SIM118
-        return {key.rpartition("|")[2]: file.get_tensor(key) for key in keys}
+def read_factors(file: Path, name: str) -> dict[str, torch.Tensor]:
+    """Parts of one tensor in a step's file: ``left, sigma, right, residual, angle, norms``, or ``vector``; none if zero."""
+    with open_safetensors(file) as opened:
+        keys = [key for key in opened.keys() if key.rpartition("|")[0] == name]  # noqa: SIM118
+        return {key.rpartition("|")[2]: opened.get_tensor(key) for key in keys}
 
 
 def run_trajectory(run: Run, base: FullCheckpoint) -> CheckpointTrajectory:
     """The exact trajectory of a run on disk; raises ``TrajectoryError`` if its adapters cover different modules."""
-    first, *others = (set(checkpoint.shapes) for checkpoint in run.checkpoints.values())
-    if any(names != first for names in others):
-        raise TrajectoryError(
-            f"{run.directory}: its checkpoints do not hold the same tensors; keep one run in one directory"
-        )
     return CheckpointTrajectory(base, run.checkpoints)

@@ -1,21 +1,37 @@
 """Writes a trajectory: one small safetensors file of rank-k factors per step, and an index that lists what is complete.
 
-Matrices are kept as triplets with their residuals and norms, vectors as they are; exactly zero tensors are left out.
+Matrices are kept as triplets with their residuals, angles and norms, fused experts each on its own, vectors as they are;
+exactly zero tensors are left out. Each matrix starts from the directions of the step before, which saves most of the work.
 The step's file is written before the index names it, so a kill in between loses nothing and shows nothing half-written.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
-from rankleap.checkpoints import Delta, FullCheckpoint, Run, base_of, dense, is_zero
+from rankleap.checkpoints import Checkpoint, Delta, DeltaRows, FullCheckpoint, LowRank, Run, base_of, dense, is_zero
+from rankleap.checkpoints.source import open_safetensors
+from rankleap.cluster import map_over
 from rankleap.errors import TrajectoryError
 from rankleap.files import read_json, require_space, write_aside, write_json
-from rankleap.lowrank import Factors, factorise
-from rankleap.trajectory.path import FORMAT, INDEX, CheckpointTrajectory, run_trajectory, step_file
+from rankleap.lowrank import Factors, Workspace, factorise, factorise_experts
+from rankleap.lowrank.factors import SEPARATED
+from rankleap.trajectory.path import (
+    FORMAT,
+    INDEX,
+    CheckpointTrajectory,
+    lazy_delta,
+    read_factors,
+    run_trajectory,
+    step_file,
+)
+
+PIECE_NUMBERS = 1 << 28
+"""Entries that a worker factors at a time, about: a gigabyte of float32, seconds of work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +62,27 @@ class Recording:
             )
         return index["steps"]
 
-    def add(self, step: int, deltas: Iterable[tuple[str, Delta]]) -> None:
+    def add(self, step: int, deltas: Iterable[tuple[str, Delta | DeltaRows]]) -> None:
         """Factor the deltas of one step and write them; a step that is there already is replaced."""
-        steps = self.steps()  # before anything is written: it refuses a directory of another base
-        require_space(self.directory, self.size_bytes())
-        parts: dict[str, torch.Tensor] = {}
+        self.steps()  # before any work: it refuses a directory of another base
+        workspace, before = Workspace(), self.before(step)
+        parts: dict[str, Tensor] = {}
         for name, delta in deltas:
-            parts |= _parts(name, delta, self.rank)
+            parts |= parts_of(name, delta, self.rank, before, workspace)
+        self.write(step, parts)
+
+    def write(self, step: int, parts: dict[str, Tensor]) -> None:
+        """Write the factors of one step, made by ``parts_of``."""
+        steps = self.steps()
+        require_space(self.directory, self.size_bytes())
         with write_aside(step_file(self.directory, step)) as aside:
             save_file(parts, aside, metadata={"step": str(step)})
         self._write_index(sorted({*steps, step}))
+
+    def before(self, step: int) -> Path | None:
+        """The file of the newest step recorded before ``step``."""
+        earlier = [s for s in self.steps() if s < step]
+        return step_file(self.directory, earlier[-1]) if earlier else None
 
     def keep_until(self, step: int) -> None:
         """Forget steps after ``step``: a run that resumes there will write them again."""
@@ -67,7 +94,10 @@ class Recording:
     def size_bytes(self) -> int:
         """Bytes that one step takes at most."""
         numbers = sum(
-            self.rank * (shape[0] + shape[1] + 2) + 2 if len(shape) == 2 else torch.Size(shape).numel()
+            # Sides, σ, residual and angle of each triplet, and two norms, for each expert.
+            torch.Size(shape[:-2]).numel() * (self.rank * (shape[-2] + shape[-1] + 3) + 2)
+            if len(shape) in (2, 3)
+            else torch.Size(shape).numel()
             for shape in self.shapes.values()
         )
         return 4 * numbers
@@ -88,6 +118,20 @@ def open_recording(directory: Path, base_name: str, base: FullCheckpoint, rank: 
     return Recording(directory, base_name, base.fingerprint(), rank, {name: base.shapes[name] for name in names})
 
 
+def require_recorded(recording: Recording, step: int) -> None:
+    """Raise ``TrajectoryError`` unless the index lists a step and its file can be read."""
+    if step not in recording.steps():
+        raise TrajectoryError(f"{recording.directory} does not list step {step}; record it first")
+    open_safetensors(step_file(recording.directory, step))
+
+
+def unseparated(recording: Recording, step: int) -> list[str]:
+    """Tensors whose first direction is not its own at a step: near-equal singular values share one (``Factors.angle_R``)."""
+    with open_safetensors(step_file(recording.directory, step)) as opened:
+        keys = [key for key in opened.keys() if key.endswith("|angle")]  # noqa: SIM118
+        return [key.rpartition("|")[0] for key in keys if not bool((opened.get_tensor(key)[..., 0] <= SEPARATED).all())]
+
+
 def recording_of(run: Run, base_name: str | None, directory: Path, rank: int) -> tuple[Recording, CheckpointTrajectory]:
     """Where the factors of a run on disk go, and the exact deltas that they are made from."""
     name, base = base_of(run, base_name)
@@ -95,12 +139,88 @@ def recording_of(run: Run, base_name: str | None, directory: Path, rank: int) ->
     return open_recording(directory, name, base, rank, trajectory.shapes), trajectory
 
 
-def _parts(name: str, delta: Delta, rank: int) -> dict[str, torch.Tensor]:
-    if is_zero(delta):
-        return {}
-    if len(delta.shape) != 2:
-        return {f"{name}|vector": dense(delta).contiguous()}
-    factors: Factors = factorise(delta, rank)
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some tensors of one step, for one worker."""
+
+    checkpoint: Checkpoint
+    base: FullCheckpoint
+    names: Sequence[str]
+    rank: int
+    before: Path | None
+    device: str
+
+
+def factor_piece(piece: Piece) -> dict[str, Tensor]:
+    """Factors of a piece, ready to be written."""
+    workspace = Workspace(device=piece.device)
+    parts: dict[str, Tensor] = {}
+    for name in piece.names:
+        delta = lazy_delta(piece.checkpoint, name, piece.base)
+        parts |= parts_of(name, delta, piece.rank, piece.before, workspace, where=str(piece.checkpoint.directory))
+    return parts
+
+
+def record_step(
+    recording: Recording,
+    trajectory: CheckpointTrajectory,
+    step: int,
+    workers: int = 1,
+    address: str | None = None,
+    device: str = "cpu",
+    on_poll: Callable[[], None] | None = None,
+) -> None:
+    """Factor one step of a run on disk, in ``workers`` processes or on Ray at ``address``, and write it."""
+    before = recording.before(step)
+    pieces = [
+        Piece(trajectory.checkpoints[step], trajectory.base, names, recording.rank, before, device)
+        for names in _shared_out(recording.shapes, workers)
+    ]
+    parts: dict[str, Tensor] = {}
+    map_over(factor_piece, pieces, workers, on_poll, address=address, on_result=lambda _, part: parts.update(part))
+    recording.write(step, parts)
+
+
+def _shared_out(shapes: Mapping[str, tuple[int, ...]], workers: int) -> list[list[str]]:
+    """Names in groups of about equal work, the largest tensors first so that none is left for the end."""
+    sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    limit = min(PIECE_NUMBERS, sum(sizes.values()) // (4 * workers) + 1)
+    groups: list[list[str]] = [[]]
+    held = 0
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        if groups[-1] and held + sizes[name] > limit:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += sizes[name]
+    return groups
+
+
+def parts_of(
+    name: str,
+    delta: Delta | DeltaRows,
+    rank: int,
+    before: Path | None = None,
+    workspace: Workspace | None = None,
+    *,
+    where: str = "the live model",
+) -> dict[str, Tensor]:
+    """What is kept of one tensor's delta, by the keys of the step's file; nothing of an exactly zero one."""
+    label = f"{name} of {where}"
+    if len(delta.shape) not in (2, 3):
+        vector = torch.cat(list(delta.read(None, None))) if isinstance(delta, DeltaRows) else delta
+        return {} if is_zero(vector) else {f"{name}|vector": dense(vector).contiguous()}
+    right = None if before is None else read_factors(before, name).get("right")
+    # Their sum holds all of them: Lanczos finds each again from it.
+    start = None if right is None else right.sum(dim=-2)
+    if len(delta.shape) == 2:
+        factors = factorise(delta, rank, start_N=start, workspace=workspace, name=label)
+        return _named(name, factors) if len(factors.sigma_R) else {}
+    assert not isinstance(delta, LowRank), "no adapter gives products of fused experts"
+    return _stacked(name, factorise_experts(delta, rank, start, workspace, label))
+
+
+def _named(name: str, factors: Factors) -> dict[str, Tensor]:
     # A tensor knows no null, so an unknown Σσ is NaN.
     norms = [factors.norm, float("nan") if factors.nuclear is None else factors.nuclear]
     return {
@@ -108,5 +228,25 @@ def _parts(name: str, delta: Delta, rank: int) -> dict[str, torch.Tensor]:
         f"{name}|sigma": factors.sigma_R,
         f"{name}|right": factors.right_RN,
         f"{name}|residual": factors.residual_R,
+        f"{name}|angle": factors.angle_R,
         f"{name}|norms": torch.tensor(norms),
     }
+
+
+def _stacked(name: str, experts: Sequence[Factors]) -> dict[str, Tensor]:
+    """Factors of all experts, padded with zeros to the rank of the richest."""
+    rank = max(len(factors.sigma_R) for factors in experts)
+    if not rank:
+        return {}
+    pad = torch.nn.functional.pad
+    padded = []
+    for factors in experts:
+        spare = rank - len(factors.sigma_R)
+        sides = (
+            pad(factors.left_MR, (0, spare)),
+            pad(factors.sigma_R, (0, spare)),
+            pad(factors.right_RN, (0, 0, 0, spare)),
+        )
+        bounds = pad(factors.residual_R, (0, spare)), pad(factors.angle_R, (0, spare))
+        padded.append(_named(name, Factors(*sides, *bounds, factors.norm, factors.nuclear)))
+    return {key: torch.stack([parts[key] for parts in padded]) for key in padded[0]}
