@@ -13,8 +13,7 @@ import torch
 from rankleap.checkpoints import FullCheckpoint, effective_weights, open_checkpoint, resolve_base
 from rankleap.config import make_recipe
 from rankleap.evaluation import Sampling, paired_difference
-from rankleap.evaluation.evaluate import evaluate
-from rankleap.evaluation.load import load_model
+from rankleap.evaluation.evaluate import evaluate, load_model
 from rankleap.files import read_json, read_jsonl
 from rankleap.leap import load_weights
 from rankleap.tasks import get_task

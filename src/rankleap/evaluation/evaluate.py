@@ -1,4 +1,4 @@
-"""Samples and grades: once in memory (``evaluate``), or onto disk with only what is missing (``evaluate_checkpoint``).
+"""Loads a model, samples and grades: once in memory (``evaluate``), or onto disk with only what is missing (``evaluate_checkpoint``).
 
 Shapes: P problems, K samples of each.
 """
@@ -9,13 +9,17 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from time import perf_counter
+from typing import cast
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rankleap.errors import InputError
+from rankleap.checkpoints import resolve_base
+from rankleap.errors import CheckpointError, InputError
 from rankleap.evaluation.result import Evaluation, Sampling
 from rankleap.evaluation.sampler import sample
 from rankleap.evaluation.saved import read_samples, read_summaries, save
+from rankleap.files import read_json
 from rankleap.records import Problem, Sample
 from rankleap.tasks.grading import GraderPool
 from rankleap.tasks.task import Task
@@ -143,3 +147,35 @@ def _gather(
     """Evaluate the first ``k`` samples of the problems that have them."""
     whole = [saved[problem.id][:k] for problem in problems if len(saved[problem.id]) >= k]
     return Evaluation.of(task, [one for group in whole for one in group], seconds, **settings)
+
+
+def load_model(name: str, base: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return (model, tokenizer) on the GPU where there is one; ``base`` overrides the base that an adapter names.
+
+    Weights stay in the precision they were saved in, and an adapter stays apart: merging would round it away in bf16.
+    """
+    directory = resolve_base(name)
+    config = directory / "adapter_config.json"
+    named = (base or read_json(config).get("base_model_name_or_path")) if config.exists() else None
+    if config.exists() and named is None:
+        raise CheckpointError(f"{config} does not name the adapter's base; give it with --base")
+    base_directory = resolve_base(named) if named else directory
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base_directory)
+        if base_directory != directory:
+            model = _adapted(model, directory)
+        # A trainer saves the tokenizer beside its adapter; a bare adapter borrows the base's.
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory if (directory / "tokenizer.json").exists() else base_directory
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot load a causal language model from {directory}: {error}") from None
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore[reportArgumentType]
+    return model, tokenizer
+
+
+def _adapted(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
+    # Here and not above, so that full checkpoints load where the extra is not installed.
+    from peft import PeftModel
+
+    return cast(PreTrainedModel, PeftModel.from_pretrained(model, directory))

@@ -2,8 +2,7 @@
 
 from rankleap.leap.apply import Leap, adapter_weights, leap_weights, norm_ratio, write_leap, write_leap_adapter
 from rankleap.leap.gate import GateSettings, GateVerdict, judge
-from rankleap.leap.reference import BaseReference
-from rankleap.leap.run import Source, Trial, load_weights, open_source, try_leaps, write_decision
+from rankleap.leap.run import BaseReference, Source, Trial, load_weights, open_source, try_leaps, write_decision
 from rankleap.leap.search import Candidates, Decision, search
 
 __all__ = [

@@ -5,27 +5,52 @@ Checkpoints are used where they are; a directory that holds only a recorded traj
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from rankleap.checkpoints import FullCheckpoint, base_of, dense, open_run, resolve_base
 from rankleap.errors import CheckpointError
 from rankleap.evaluation import Sampling
+from rankleap.evaluation.divergence import forward_kl
 from rankleap.evaluation.evaluate import evaluate
+from rankleap.evaluation.sampler import sample
 from rankleap.leap.apply import Leap, adapter_weights, leap_weights, write_leap, write_leap_adapter
 from rankleap.leap.gate import GateSettings
-from rankleap.leap.reference import BaseReference
 from rankleap.leap.search import Candidates, Decision, search
 from rankleap.records import Problem
 from rankleap.tasks import get_task
 from rankleap.tasks.grading import GraderPool
 from rankleap.trajectory import RecordedTrajectory, Trajectory, run_trajectory
+
+
+class BaseReference:
+    """Forward KL(base‖leap), which predicts forgetting where norms do not (RL's Razor, 2509.04259).
+
+    The base is loaded when first needed; it costs the memory of a second model.
+    """
+
+    def __init__(self, directory: Path, sampling: Sampling, seed: int) -> None:
+        """``directory`` holds the base; one completion of each problem is drawn from it with ``seed``."""
+        self._directory, self._sampling, self._seed = directory, sampling, seed
+
+    @cached_property
+    def _model(self) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(self._directory)
+
+    def kl(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]) -> float:
+        """Forward KL in nats per token on completions that the base itself gives to these problems."""
+        self._model.to(model.device)  # pyright: ignore[reportArgumentType]
+        prompts = [problem.prompt for problem in problems]
+        # Drawn with one seed at every call, so all leaps are held against the same completions.
+        drawn = sample(self._model, tokenizer, prompts, 1, self._sampling, self._seed)
+        return forward_kl(self._model, model, tokenizer, prompts, drawn).value
 
 
 @dataclass(frozen=True, slots=True)
