@@ -228,6 +228,7 @@ def test_size_counts_the_weights_and_not_the_optimizer(by_two: Path) -> None:
             ["_fsdp_wrapped_module.model.layers.0._fsdp_wrapped_module.a", "lm_head.a"],
             ["model.layers.0.a", "lm_head.a"],
         ),
+        (["module.model"], ["model"]),
         (["state_dict.model.lm_head.weight", "state_dict.model.model.x"], ["lm_head.weight", "model.x"]),
         (["model.decoder.layers.0.a", "model.output_layer.weight"], ["decoder.layers.0.a", "output_layer.weight"]),
     ],

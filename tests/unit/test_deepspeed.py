@@ -187,6 +187,16 @@ def test_partitions_that_do_not_fit_the_parameters_are_refused(
         DeepSpeedSource(tmp_path / "global_step20")
 
 
+def test_fragments_that_do_not_fit_a_frozen_parameter_are_refused(make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model()
+    model.get_parameter("lm_head.weight").requires_grad_(False)
+    write_zero(tmp_path / "global_step20", model, stage=3)
+    path = tmp_path / "global_step20" / f"zero_pp_rank_1_{MODEL}"
+    change(path, lambda state: state["frozen_param_fragments"].update({"lm_head.weight": torch.ones(5)}))
+    with pytest.raises(CheckpointError, match="global_step20 is damaged: its partitions hold"):
+        DeepSpeedSource(tmp_path / "global_step20")
+
+
 @pytest.mark.parametrize(
     ("stage", "name"), [(2, MODEL), (3, f"zero_pp_rank_0_{MODEL}"), (3, f"zero_pp_rank_2_{MODEL}")]
 )

@@ -173,3 +173,10 @@ def test_megatron_is_found_where_trainers_put_it(place: str, tmp_path: Path) -> 
 def test_an_optimizer_alone_is_no_megatron_model(tmp_path: Path) -> None:
     save({"optimizer.state.exp_avg.decoder.layers.mlp.linear_fc1.weight": torch.ones(2)}, tmp_path / "actor/dist_ckpt")
     assert LAYOUTS["megatron"].find(tmp_path) is None
+
+
+def test_shards_of_megatron_before_their_metadata_are_incomplete(tmp_path: Path) -> None:
+    save(megatron_state(model_of("llama")), tmp_path / "actor/dist_ckpt")
+    (tmp_path / "actor/dist_ckpt/.metadata").unlink()
+    with pytest.raises(CheckpointError, match=r"dist_ckpt is incomplete: no \.metadata yet"):
+        open_checkpoint(tmp_path)

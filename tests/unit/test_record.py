@@ -1,5 +1,7 @@
 """Factors of a run, written and read back: exact where the rank suffices, never half-written, never of two bases."""
 
+import resource
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -252,3 +254,20 @@ def test_a_direction_that_is_one_of_several_is_told(base_directory: Path, tmp_pa
     clear = torch.outer(torch.arange(48.0), torch.arange(32.0))
     recording.add(10, [(names[0], torch.eye(48, 32)), (names[1], clear)])
     assert unseparated(recording, 10) == names[:1]
+
+
+def test_a_disk_that_fills_up_while_writing_loses_nothing(base_directory: Path, tmp_path: Path) -> None:
+    base = FullCheckpoint(base_directory)
+    recording = open_recording(tmp_path, "b", base, 2, ["model.norm.weight"])
+    recording.add(10, [("model.norm.weight", torch.ones(32))])
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+        with pytest.raises(DiskSpaceError, match=r"cannot write .*step-000020\.safetensors"):
+            recording.add(20, [("model.norm.weight", torch.ones(32))])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert RecordedTrajectory(tmp_path).steps == (10,)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index.json", "step-000010.safetensors"]

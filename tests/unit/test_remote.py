@@ -1,19 +1,11 @@
-"""Remote runs: a file system in memory that counts what is asked of it, and a Hub of one repository on this machine."""
+"""Remote runs, in a file system in memory that counts what is asked of it."""
 
 import json
-import os
 import pickle
 import re
-import subprocess
-import sys
-import threading
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
-from urllib.parse import unquote, urlsplit
 
 import fsspec
 import pytest
@@ -24,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rankleap.checkpoints import AdapterCheckpoint, FullCheckpoint, dense, open_run
-from rankleap.checkpoints.remote import FIRST_BYTES, RemotePath, RemoteRun, RemoteSafetensors, open_remote_run
+from rankleap.checkpoints.remote import FIRST_BYTES, RemoteRun, RemoteSafetensors, open_remote_run
 from rankleap.checkpoints.source import SafetensorsSource
 from rankleap.checkpoints.stores import fsspec_store
-from rankleap.errors import CheckpointError, InputError, UnknownNameError
+from rankleap.errors import CheckpointError
 
 
 class CountedFileSystem(MemoryFileSystem):
@@ -145,9 +137,8 @@ def test_opening_fetches_headers_and_a_tensor_only_its_own_bytes(large: Path, fi
 def test_rows_cost_only_their_own_bytes(large: Path, files: type[CountedFileSystem]) -> None:
     source = source_of(large)
     files.answers.clear()
-    rows = source.read("third", slice(100, 107))
+    assert torch.equal(source.read("third", slice(100, 107)), load_file(large)["third"][100:107])
     assert [length for _, length in files.answers] == [7 * 256 * 4]
-    assert torch.equal(rows, load_file(large)["third"][100:107])
 
 
 def test_no_bytes_cost_no_request(large: Path, files: type[CountedFileSystem]) -> None:
@@ -203,8 +194,7 @@ def sharded(base_directory: Path, tmp_path: Path) -> Path:
 def test_shards_read_as_one_checkpoint(sharded: Path) -> None:
     run, local = opened(upload(sharded.parent, "counted://run")), FullCheckpoint(sharded)
     checkpoint = run.checkpoints[5]
-    assert isinstance(checkpoint, FullCheckpoint)
-    assert checkpoint.fingerprint() == local.fingerprint()
+    assert isinstance(checkpoint, FullCheckpoint) and checkpoint.fingerprint() == local.fingerprint()
     assert checkpoint.size_bytes() == local.size_bytes()
 
 
@@ -222,15 +212,14 @@ def test_an_index_that_names_what_no_shard_holds_is_refused(sharded: Path) -> No
     index = sharded / "model.safetensors.index.json"
     listed = json.loads(index.read_text())
     listed["weight_map"]["model.phantom.weight"] = sorted(listed["weight_map"].values())[0]
-    index.write_text(json.dumps(listed))
-    with pytest.raises(CheckpointError, match=r"lacks model\.phantom\.weight"):
-        opened(upload(sharded.parent, "counted://run"))
-    index.write_text('{"weight_map": {}}')
-    with pytest.raises(CheckpointError, match=r"index\.json lists no tensors"):
-        opened(upload(sharded.parent, "counted://run"))
-    index.write_text('{"weight_map": {"mod')
-    with pytest.raises(CheckpointError, match=r"index\.json is no valid JSON"):
-        opened(upload(sharded.parent, "counted://run"))
+    for text, told in (
+        (json.dumps(listed), r"lacks model\.phantom\.weight"),
+        ('{"weight_map": {}}', r"index\.json lists no tensors"),
+        ('{"weight_map": {"mod', r"index\.json is no valid JSON"),
+    ):
+        index.write_text(text)
+        with pytest.raises(CheckpointError, match=told):
+            opened(upload(sharded.parent, "counted://run"))
 
 
 @pytest.mark.parametrize("keep", [0, 5, 8, 100, 4000, -100, -1])
@@ -315,8 +304,7 @@ def test_what_lies_somewhere_below_an_address_is_not_taken_for_its_checkpoint(ru
 
 def test_weights_in_a_folder_of_the_step_are_found(run_directory: Path) -> None:
     upload(run_directory / "checkpoint-40", "counted://run/step_40/actor/huggingface")
-    checkpoint = opened("counted://run").checkpoints[40]
-    assert str(checkpoint.directory) == "counted://run/step_40/actor/huggingface"
+    assert str(opened("counted://run").checkpoints[40].directory) == "counted://run/step_40/actor/huggingface"
 
 
 def test_an_adapter_below_full_weights_is_not_taken_for_them(run_directory: Path, lora_run: Path) -> None:
@@ -409,212 +397,3 @@ def test_a_remote_checkpoint_can_be_sent_to_another_process(large: Path) -> None
     checkpoint = pickle.loads(pickle.dumps(opened("counted://run").checkpoints[1]))
     assert torch.equal(checkpoint.tensor("second"), load_file(large)["second"])
     assert str(checkpoint.directory) == "counted://run/step_1"
-
-
-def test_files_of_this_machine_have_an_address_too(run_directory: Path) -> None:
-    run = opened(f"file://{run_directory}")
-    assert list(run.checkpoints) == [10, 20, 30, 40]
-    assert str(run.checkpoints[10].directory) == f"file://{run_directory}/checkpoint-10"
-    assert torch.equal(
-        run.checkpoints[10].source.read("model.norm.weight"),
-        FullCheckpoint(run_directory / "checkpoint-10").tensor("model.norm.weight"),
-    )
-
-
-def test_an_address_keeps_its_slashes() -> None:
-    place = RemotePath("s3://bucket/run")
-    assert [str(one) for one in (place, place / "step_1", place.parent)] == [
-        "s3://bucket/run",
-        "s3://bucket/run/step_1",
-        "s3://bucket",
-    ]
-    assert not place.exists()
-
-
-def test_a_protocol_that_nobody_speaks_is_refused() -> None:
-    with pytest.raises(UnknownNameError, match="protocol 'countet' does not exist; did you mean 'counted'"):
-        opened("countet://bucket/run")
-
-
-def test_a_driver_that_is_not_installed_is_named() -> None:
-    fsspec.register_implementation("absent", "absentfs.core.AbsentFileSystem", errtxt="Install absentfs for it")
-    with pytest.raises(
-        InputError, match=r"absent://run needs a driver .*\(Install absentfs for it\); run: pip install absentfs"
-    ):
-        opened("absent://run")
-
-
-@pytest.mark.parametrize("address", ["hf://single", "hf://buckets/org/name", "hf://org/@step_1"])
-def test_a_hub_address_needs_an_owner_and_a_name(address: str) -> None:
-    with pytest.raises(InputError, match="no address on the Hub; needed hf://ORG/REPO"):
-        opened(address)
-
-
-@pytest.mark.parametrize("address", ["hf://", "s3://", "memory:///"])
-def test_a_protocol_alone_is_no_place(address: str) -> None:
-    with pytest.raises(InputError, match=f"{address} names no place; needed an address such as"):
-        opened(address)
-
-
-def test_a_hub_that_may_not_be_asked_is_told() -> None:
-    with pytest.raises(CheckpointError, match=r"hf://org/run could not be read \(OfflineModeIsEnabled.*HF_HUB_OFFLINE"):
-        opened("hf://org/run")
-
-
-@dataclass
-class Hub:
-    """What a Hub of one repository holds: branches by name, folders by commit; what was asked of it, and what fails once."""
-
-    address: str = ""
-    branches: dict[str, str] = field(default_factory=dict)
-    commits: dict[str, Path] = field(default_factory=dict)
-    ranges: list[tuple[str, str | None]] = field(default_factory=list)
-    asked: Counter = field(default_factory=Counter)
-    busy: set[str] = field(default_factory=set)
-
-    def answer(self, url: str, span: str | None) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and body of one GET."""
-        path, deep = unquote(urlsplit(url).path), "recursive=true" in url.lower()
-        kind, _, rest = path.removeprefix("/api/models/org/run").strip("/").partition("/")
-        self.asked[kind] += 1
-        if path.startswith("/org/run/resolve/"):
-            return self.resolve(path.removeprefix("/org/run/resolve/"), span)
-        if not path.startswith("/api/models/org/run"):
-            return 404, {"X-Error-Code": "RepoNotFound"}, b'{"error": "Repository not found"}'
-        if kind == "refs":
-            refs = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": c} for n, c in self.branches.items()]
-            return 200, {}, json.dumps({"branches": refs, "tags": refs[-1:], "converts": []}).encode()
-        if kind == "tree":
-            commit, _, folder = rest.partition("/")
-            return 200, {}, json.dumps(list(self.tree(self.commits[commit], folder, deep))).encode()
-        revision = rest if kind == "revision" else "main"
-        if revision not in self.branches:
-            return 404, {"X-Error-Code": "RevisionNotFound"}, b'{"error": "Invalid rev id"}'
-        return 200, {}, json.dumps({"id": "org/run", "sha": self.branches[revision]}).encode()
-
-    def tree(self, top: Path, folder: str, deep: bool) -> Iterator[dict[str, Any]]:
-        for path in sorted((top / folder).rglob("*") if deep else (top / folder).iterdir()):
-            entry = {"path": str(path.relative_to(top)), "oid": "0" * 40}
-            yield entry | ({"type": "file", "size": path.stat().st_size} if path.is_file() else {"type": "directory"})
-
-    def resolve(self, path: str, span: str | None) -> tuple[int, dict[str, str], bytes]:
-        self.ranges.append((path, span))
-        if path in self.busy:
-            self.busy.remove(path)
-            return 503, {}, b"busy"
-        commit, _, name = path.partition("/")
-        whole = (self.commits[commit] / name).read_bytes()
-        if span is None:
-            return 200, {}, whole
-        first, last = (int(number) for number in span.removeprefix("bytes=").split("-"))
-        return 206, {"Content-Range": f"bytes {first}-{last}/{len(whole)}"}, whole[first : last + 1]
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[Hub]:
-    found = Hub()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            status, headers, body = found.answer(self.path, self.headers["Range"])
-            self.send_response(status)
-            for name, value in (headers | {"Content-Length": str(len(body))}).items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        found.address = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield found
-        server.shutdown()
-        thread.join()
-
-
-READ_ALL = """
-import re, sys
-from safetensors.torch import save_file
-from rankleap.checkpoints.remote import open_remote_run
-from rankleap.errors import InputError
-
-def step_of_name(name):
-    match = re.fullmatch("(?:step_|checkpoint-)([0-9]+)", name)
-    return int(match[1]) if match else None
-
-for number, address in enumerate(sys.argv[2:]):
-    try:
-        run = open_remote_run(address, step_of_name)
-    except InputError as error:
-        print(error)
-        continue
-    print(run.checkpoints.keys(), run.skipped)
-    tensors = {f"{step}|{name}": one.source.read(name) for step, one in run.checkpoints.items() for name in one.source.shapes}
-    save_file(tensors, f"{sys.argv[1]}/{number}.safetensors")
-"""
-
-
-def read_all(hub: Hub, out: Path, *addresses: str) -> list[str]:
-    """One line for each address, in a process of its own: huggingface_hub reads its settings as it is imported."""
-    settings = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(out), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", READ_ALL, str(out), *addresses]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | settings, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
-def test_a_hub_repository_is_read_by_revisions_by_folders_and_at_a_revision(
-    hub: Hub, run_directory: Path, tmp_path: Path
-) -> None:
-    upload_of = {f"{step:040}": run_directory / f"checkpoint-{step}" for step in (10, 20, 30, 40)}
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    hub.commits = {"a" * 40: run_directory, "b" * 40: empty, **upload_of}
-    hub.branches = {"main": "a" * 40, "step_50": "b" * 40, **{f"step_{int(c)}": c for c in upload_of}}
-    hub.busy = {f"{20:040}/model.safetensors"}
-    hub.branches["folders"] = "a" * 40
-    lines = read_all(
-        hub,
-        tmp_path,
-        "hf://org/run",
-        "hf://org/run@folders",
-        "hf://org/run@main/checkpoint-20",
-        "hf://org/run@step_30",
-        "hf://org/absent",
-        "hf://org/run@absent",
-    )
-    assert re.fullmatch(
-        r"dict_keys\(\[10, 20, 30, 40\]\) \{'step_50': 'hf://org/run@step_50 needs .* found: nothing .*", lines[0]
-    )
-    assert lines[1:4] == ["dict_keys([10, 20, 30, 40]) {}", "dict_keys([20]) {}", "dict_keys([30]) {}"]
-    assert re.search(r"hf://org/absent could not be read \(RepositoryNotFoundError: 404 .*check the address", lines[4])
-    assert re.search(
-        r"hf://org/run@absent could not be read \(RevisionNotFoundError: 404 .*check the address", lines[5]
-    )
-    for number, steps in enumerate([[10, 20, 30, 40], [10, 20, 30, 40], [20], [30]]):
-        found = load_file(tmp_path / f"{number}.safetensors")
-        for step in steps:
-            for name, tensor in load_file(run_directory / f"checkpoint-{step}" / "model.safetensors").items():
-                assert torch.equal(found.pop(f"{step}|{name}"), tensor)
-        assert not found
-    assert hub.busy == set()
-    assert all(span is not None for path, span in hub.ranges if path.endswith(".safetensors"))
-
-
-def test_a_hub_run_costs_two_requests_for_itself_and_two_for_each_step(hub: Hub, large: Path, tmp_path: Path) -> None:
-    steps = range(1, 31)
-    hub.commits = {f"{step:040}": large.parent for step in steps} | {"a" * 40: tmp_path}
-    hub.branches = {"main": "a" * 40} | {f"step_{step}": f"{step:040}" for step in steps}
-    hub.asked.clear()
-    hub.ranges.clear()
-    out = tmp_path / "out"
-    out.mkdir()
-    (line,) = read_all(hub, out, "hf://org/run")
-    assert line == f"dict_keys({list(steps)}) {{}}"
-    assert (hub.asked["refs"], hub.asked["tree"]) == (1, 30)
-    assert Counter(span for _, span in hub.ranges)[f"bytes=0-{FIRST_BYTES - 1}"] == 30
-    # Then three tensors of each.
-    assert len(hub.ranges) == 30 + 3 * 30

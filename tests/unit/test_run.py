@@ -1,12 +1,17 @@
 """A run directory: its steps in order, what is no checkpoint left out with a reason, its base found."""
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import PeftModel
 
 from rankleap.checkpoints import (
@@ -20,6 +25,7 @@ from rankleap.checkpoints import (
     resolve_base,
 )
 from rankleap.errors import BaseMismatchError, CheckpointError, UnknownNameError
+from rankleap.trajectory import run_trajectory
 
 
 @pytest.fixture
@@ -211,3 +217,45 @@ def test_a_second_place_with_steps_is_told_and_left(run: Path, run_directory: Pa
     opened = open_run(run)
     assert opened.steps == [5]
     assert "4 more step directories" in next(iter(opened.skipped.values()))
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Root may read everything, so it steps down for a while."""
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+    else:
+        yield
+
+
+def test_what_this_user_may_not_read_is_said(run: Path) -> None:
+    for path in (run, *run.parents[:3], *run.rglob("*")):
+        path.chmod(0o755)
+    (run / "checkpoint-20").chmod(0o000)
+    (run / "checkpoint-30" / "model.safetensors").chmod(0o000)
+    with as_nobody():
+        opened = open_run(run)
+    assert opened.steps == [10, 40]
+    assert all("may not be read" in opened.skipped[name] for name in ("checkpoint-20", "checkpoint-30"))
+    run.chmod(0o000)
+    with as_nobody(), pytest.raises(CheckpointError, match="may not be read by this user"):
+        open_run(run)
+    run.chmod(0o755)
+
+
+@given(position=st.integers(0, 2000), bit=st.integers(0, 7))
+def test_a_flipped_bit_in_a_header_is_told_or_harmless(run_directory: Path, position: int, bit: int) -> None:
+    content = bytearray((run_directory / "checkpoint-10" / "model.safetensors").read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    content[position % header] ^= 1 << bit
+    base = FullCheckpoint(run_directory / "checkpoint-20")
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "model.safetensors").write_bytes(content)
+        try:
+            run_trajectory(open_run(Path(directory)), base)
+        except CheckpointError as error:
+            assert directory in str(error)

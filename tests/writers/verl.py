@@ -50,7 +50,7 @@ def fsdp1(mesh_shape: tuple[int, ...] | None) -> dict[str, Any]:
     model = FullyShardedDataParallel(
         Tiny(),
         device_id=torch.device("cpu"),
-        device_mesh=mesh_shape and _mesh(mesh_shape),
+        device_mesh=_mesh(mesh_shape) if mesh_shape else None,
         sharding_strategy=ShardingStrategy.HYBRID_SHARD if hybrid else ShardingStrategy.FULL_SHARD,
     )
     with FullyShardedDataParallel.state_dict_type(model, StateDictType.SHARDED_STATE_DICT):
@@ -123,8 +123,8 @@ def _save(state: dict[str, Any], directory: Path) -> None:
 def _lora_config() -> Any:
     from peft import LoraConfig
 
-    targets = {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["lm_head"]}
-    return LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=12, **targets)
+    targets = ["q_proj", "down_proj"]
+    return LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=12, target_modules=targets, modules_to_save=["lm_head"])
 
 
 def _save_actor(kind: str, directory: Path, base: Path) -> None:

@@ -160,7 +160,7 @@ class AdapterCheckpoint:
                     chunk = out[rows].copy_(chunk)
                 yield from (chunk[part] for part in row_slices(chunk.shape, BLOCK_BYTES))
 
-        return DeltaRows(shape, read)
+        return DeltaRows(shape, read, self.source.is_local and base.source.is_local)
 
     def weight(self, name: str, base: FullCheckpoint, rows: slice | None = None) -> Tensor:
         """The effective weight in float32, or some of its rows."""

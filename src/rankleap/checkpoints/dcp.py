@@ -122,6 +122,7 @@ class DcpSource(TensorSource):
     def box(self, name: str, sides: Sequence[range]) -> Tensor:
         """A box of a tensor: a range (step 1) for each of its first dimensions, the others whole."""
         box = [*sides, *(range(size) for size in self.shapes[name][len(sides) :])]
+        # Takes no memory until it is written to.
         whole = torch.empty([len(side) for side in box], dtype=self._types[name])
         for chunk in self._chunks[name]:
             ends = zip(box, chunk.offsets, chunk.sizes, strict=True)
@@ -129,6 +130,7 @@ class DcpSource(TensorSource):
             if not all(shared):
                 continue
             part = chunk.read([_moved(side, at) for side, at in zip(shared, chunk.offsets, strict=True)])
+            # All rows in one shard, which is usual: nothing is copied.
             if part.shape == whole.shape:
                 return part
             places = (_moved(side, within.start) for side, within in zip(shared, box, strict=True))
@@ -141,7 +143,7 @@ class DcpSource(TensorSource):
 
 
 class _Window(io.RawIOBase):
-    """A part of a file as a file of its own."""
+    """A part of a file as a file of its own: the directory of a zip archive is found from its end."""
 
     def __init__(self, file: BinaryIO, start: int, length: int) -> None:
         self._file, self._start, self._length, self._at = file, start, length, 0
@@ -178,6 +180,7 @@ def find(directory: Path) -> Path | None:
 def open_checkpoint(folder: Path, trust_pickle: bool = False) -> FullCheckpoint | AdapterCheckpoint:
     """The model, or its adapter where an ``adapter_config.json`` lies in the folder or above it in the step directory."""
     source = DcpSource(folder, trust_pickle)
+    # Wrappers first: an adapter's own names lie within the model's.
     names = model_names(source.shapes)
     if not any(_ADAPTED.fullmatch(name) for name in names):
         return FullCheckpoint(folder, source=without_tied_head(Renamed(source, names)))
@@ -188,16 +191,14 @@ def open_checkpoint(folder: Path, trust_pickle: bool = False) -> FullCheckpoint 
             f"copy the run's {adapter.CONFIG} into {folder}"
         )
     saved = {new: names[name] for new, name in adapter_names(names, folder).items()}
-    return AdapterCheckpoint(folder, config=read_json(config), source=Renamed(source, saved))
+    return AdapterCheckpoint(folder, config=read_json(config), source=Renamed(source, saved), trust_pickle=trust_pickle)
 
 
 def upwards(folder: Path) -> list[Path]:
     """A folder that ``find`` gave and those above it, up to the step directory."""
-    nested = (
-        Path(inner).parts for inner in FOLDERS if folder.parts[-len(Path(inner).parts) or None :] == Path(inner).parts
-    )
-    depth = max((len(parts) for parts in nested), default=0)
-    return [folder, *folder.parents[:depth]]
+    here = folder.absolute()
+    depth = max((len(Path(inner).parts) for inner in FOLDERS if here.as_posix().endswith(f"/{inner}")), default=0)
+    return [here, *here.parents[:depth]]
 
 
 def model_names(names: Iterable[str]) -> dict[str, str]:
@@ -234,9 +235,9 @@ def adapter_names(names: Iterable[str], where: Path) -> dict[str, str]:
 
 def _is_wrapped(names: Sequence[Sequence[str]]) -> bool:
     first = {parts[0] for parts in names}
-    if len(first) > 1 or not first <= set(_WRAPPERS):
+    if len(first) > 1 or not first <= set(_WRAPPERS) or min(map(len, names)) < 2:
         return False
-    return first != {"model"} or not _OWN & {parts[1] for parts in names if len(parts) > 1}
+    return first != {"model"} or not _OWN & {parts[1] for parts in names}
 
 
 def _stored_chunks(storage: dict[Any, Any], folder: Path) -> dict[tuple[str, tuple[int, ...] | None], Chunk]:
@@ -261,6 +262,7 @@ def _chunks(name: str, tensor: dict[str, Any], stored: dict[Any, Chunk]) -> list
 
 def _require_whole(chunks: Iterable[Chunk]) -> None:
     """Raise ``CheckpointError`` that names a file which is missing or ends before its last chunk does."""
+    # Of the optimizer's too: a rank's file holds both, and a save that was cut short is no checkpoint.
     ends: dict[Path, int] = {}
     for chunk in chunks:
         ends[chunk.path] = max(ends.get(chunk.path, 0), chunk.start + chunk.length)

@@ -102,7 +102,7 @@ class DeepSpeedSource(TensorSource):
             self._weights = dict(self._partitioned(ranks))
         else:
             self._weights = self._whole() | dict(self._grouped(ranks))
-        if adapted := None:
+        if adapted := next((name for name in self._weights if ".lora_" in name), None):
             raise CheckpointError(
                 f"{directory} holds {adapted} and no adapter_config.json, which would say what it means; "
                 "save the adapter with PEFT too and give that directory"

@@ -44,10 +44,12 @@ class DeltaRows:
 
     shape: torch.Size
     read: Callable[[int | None, Tensor | None], Iterator[Tensor]]
+    is_local: bool = True
+    """Whether it may be read again at every pass; what comes over a network is kept, however large."""
 
     def expert(self, number: int) -> "DeltaRows":
         """The matrix of one of the fused experts."""
-        return DeltaRows(self.shape[1:], lambda _, out: self.read(number, out))
+        return DeltaRows(self.shape[1:], lambda _, out: self.read(number, out), self.is_local)
 
 
 def row_slices(shape: torch.Size, size_bytes: int) -> Iterator[slice]:

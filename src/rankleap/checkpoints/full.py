@@ -96,12 +96,12 @@ class FullCheckpoint:
                     sides = (part[rows].to(out.device, torch.float32) for part in (new, old))
                     yield torch.sub(*sides, out=block)
 
-        return DeltaRows(shape, read)
+        return DeltaRows(shape, read, self.source.is_local and base.source.is_local)
 
-    def blocks(self, name: str, block_bytes: int = BLOCK_BYTES) -> Iterator[Tensor]:
-        """One tensor in float32, row block by row block."""
+    def blocks(self, name: str, block_bytes: int = BLOCK_BYTES, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Tensor]:
+        """One tensor in float32, row block by row block, of which a chunk is read at a time."""
         self._require_plain(name)
-        for rows in row_slices(torch.Size(self.shapes[name]), CHUNK_BYTES):
+        for rows in row_slices(torch.Size(self.shapes[name]), chunk_bytes):
             chunk = self.tensor(name, rows)
             yield from (chunk[part].float() for part in row_slices(chunk.shape, block_bytes))
 

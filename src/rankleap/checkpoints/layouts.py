@@ -39,13 +39,16 @@ def having(pattern: str, *folders: str) -> Callable[[Path], Path | None]:
     return find
 
 
+# verl on Megatron keeps the model here when it writes through a bridge.
+_EXPORTS = (".", "actor/huggingface", "actor/model/huggingface", "huggingface")
+
 LAYOUTS: dict[str, Layout] = {
-    # Before PEFT's, for a config alone may lie beside shards of the adapter; neither looks where PEFT's own weights are.
+    # Before PEFT's, for its config may lie beside shards of the adapter; where PEFT's own weights are, "dcp" gives way.
     "megatron": Layout(
         "Megatron torch_dist", megatron.find, megatron.open_checkpoint, f"{dcp.METADATA} of a Megatron model"
     ),
     "dcp": Layout("torch distributed checkpoint", dcp.find, dcp.open_checkpoint, f"{dcp.METADATA} beside {dcp.SHARDS}"),
-    # First: a directory with an adapter's config is an adapter, whatever else was saved into it.
+    # A directory with an adapter's config is an adapter, whatever else was saved into it.
     "peft": Layout(
         "PEFT adapter",
         having(adapter.CONFIG, ".", "actor/lora_adapter", "lora_adapter"),
@@ -62,7 +65,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "hf": Layout(
         "Hugging Face full",
-        lambda path: having(full.WEIGHTS)(path) or having(full.INDEX)(path),
+        lambda path: having(full.WEIGHTS, *_EXPORTS)(path) or having(full.INDEX, *_EXPORTS)(path),
         lambda path, trust: FullCheckpoint(path),
         f"{full.WEIGHTS} or {full.INDEX}",
     ),
@@ -74,9 +77,11 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "torch": Layout(
         "torch state dict",
-        having(pickled.MODEL_STATE, "policy", "."),
-        lambda path, trust: pickled.open_torch(path / pickled.MODEL_STATE, trust),
-        pickled.MODEL_STATE,
+        lambda path: next(
+            (place for name in pickled.MODEL_STATES if (place := having(name, "policy", ".")(path))), None
+        ),
+        pickled.open_torch,
+        " or ".join(pickled.MODEL_STATES),
     ),
 }
 

@@ -13,6 +13,7 @@ tensor parallelism; rows beyond the model's vocabulary are cut. slime, verl, Sky
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -124,14 +125,14 @@ class MegatronSource(TensorSource):
         """Only the rows that are asked for of the fused tensor."""
         spans = self._spans[name]
         first, stop, _ = (rows or slice(None)).indices(self.shapes[name][0])
-        layer = () if spans.layer is None else (range(spans.layer, spans.layer + 1),)
-        pieces, top = [], 0
-        for span in spans.rows:
-            asked = span[max(0, first - top) : max(0, stop - top)]
-            if asked or not pieces:
-                piece = self._source.box(spans.saved, (*layer, asked))
-                pieces.append(piece[0] if layer else piece)
-            top += len(span)
+        tops = accumulate(map(len, spans.rows), initial=0)
+        parts = [span[max(0, first - top) : max(0, stop - top)] for span, top in zip(spans.rows, tops, strict=False)]
+        asked = [part for part in parts if part] or [range(0)]
+        if spans.layer is None:
+            pieces = [self._source.box(spans.saved, (part,)) for part in asked]
+        else:
+            layer = range(spans.layer, spans.layer + 1)
+            pieces = [self._source.box(spans.saved, (layer, part))[0] for part in asked]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def size_bytes(self) -> int:
@@ -140,12 +141,14 @@ class MegatronSource(TensorSource):
 
 
 def find(directory: Path) -> Path | None:
-    """The folder of a step directory that holds a Megatron model; ``None`` when there is none."""
+    """The folder of a step directory that holds a Megatron model, or is about to; ``None`` when there is none."""
     for place in (directory / folder for folder in (*FOLDERS, *dcp.FOLDERS)):
         # verl may keep only the optimizer here, and the model as Hugging Face does.
         if (place / dcp.METADATA).is_file() and _SAVED.search((place / dcp.METADATA).read_bytes()):
             return place
-    return None
+    # No metadata yet, which are written last: opened, so that the message says so.
+    unfinished = (directory / folder for folder in FOLDERS if not (directory / folder / dcp.METADATA).exists())
+    return next((place for place in unfinished if any(place.glob(dcp.SHARDS))), None)
 
 
 def open_checkpoint(folder: Path, trust_pickle: bool = False) -> FullCheckpoint:

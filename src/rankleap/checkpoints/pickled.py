@@ -27,7 +27,8 @@ from rankleap.files import read_json
 
 BIN = "pytorch_model.bin"
 BIN_INDEX = "pytorch_model.bin.index.json"
-MODEL_STATE = "model_state.pt"
+MODEL_STATES = ("model_state.pt", "pytorch_model_fsdp.bin")
+"""SkyRL's older file, and what accelerate writes of a gathered FSDP model."""
 _MAGIC = 0x1950A86A20F9469CFC6C
 """The first pickle of a file in torch's format before 1.6; later files are zip archives."""
 _DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
@@ -167,7 +168,7 @@ def open_bin(directory: Path, trust_pickle: bool = False) -> FullCheckpoint:
     """A Hugging Face full checkpoint from before safetensors: one file, or the shards that its index lists."""
     # The single file first, as for safetensors.
     if (directory / BIN).exists() or not (directory / BIN_INDEX).exists():
-        return open_torch(directory / BIN, trust_pickle)
+        return _one_file(directory / BIN, trust_pickle)
     shard_of: dict[str, str] = read_json(directory / BIN_INDEX).get("weight_map", {})
     source = TorchFilesSource([directory / shard for shard in sorted(set(shard_of.values()))], trust_pickle)
     lost = sorted(shard_of.keys() - source.shapes.keys())
@@ -179,8 +180,12 @@ def open_bin(directory: Path, trust_pickle: bool = False) -> FullCheckpoint:
     return FullCheckpoint(directory, source=without_tied_head(source))
 
 
-def open_torch(path: Path, trust_pickle: bool = False) -> FullCheckpoint:
-    """A full checkpoint in one file."""
+def open_torch(directory: Path, trust_pickle: bool = False) -> FullCheckpoint:
+    """A full checkpoint in one file, one of ``MODEL_STATES``."""
+    return _one_file(next(path for name in MODEL_STATES if (path := directory / name).exists()), trust_pickle)
+
+
+def _one_file(path: Path, trust_pickle: bool) -> FullCheckpoint:
     return FullCheckpoint(path.parent, source=without_tied_head(TorchFilesSource([path], trust_pickle)))
 
 

@@ -28,7 +28,7 @@ PATTERN = "model_world_size_*_rank_*.pt"
 _NAME = re.compile(r"model_world_size_(\d+)_rank_\d+\.pt")
 _CONFIG = "fsdp_config.json"
 _LORA_CONFIGS = ("lora_train_meta.json", "lora_adapter/adapter_config.json")
-"""Where verl keeps the adapter's scale: since 2026, and before."""
+"""Where newer and older versions of verl keep the adapter's scale."""
 _ADAPTER = re.compile(r".+\.(lora_|modules_to_save\.).+")
 
 
@@ -65,11 +65,9 @@ class RanksSource(TensorSource):
             parts = [stored.read(rows) for _, stored in tensor.pieces]
         else:
             first, stop, _ = rows.indices(tensor.shape[0])
-            parts = [
-                stored.read(slice(max(0, first - start), max(0, stop - start)))
-                for start, stored in tensor.pieces
-                if start < stop and first < start + stored.shape[0]
-            ] or [tensor.pieces[0][1].read(slice(0, 0))]
+            # Of a rank that holds none of the rows, nothing is read.
+            held = [stored.read(slice(max(0, first - start), max(0, stop - start))) for start, stored in tensor.pieces]
+            parts = [part for part in held if len(part)] or held[:1]
         return parts[0] if len(parts) == 1 else torch.cat(parts, tensor.dim)
 
     def size_bytes(self) -> int:
@@ -104,8 +102,8 @@ def _rank_files(directory: Path) -> list[Path]:
     """The file of every rank; raises ``CheckpointError`` when one is missing or it is unclear how many there are."""
     worlds = {int(match[1]) for file in directory.glob(PATTERN) if (match := _NAME.fullmatch(file.name))}
     # Rewritten by each save, so it tells which files are the newest where an earlier save had another number of ranks.
-    if (directory / _CONFIG).exists():
-        worlds = {read_json(directory / _CONFIG).get("world_size")}
+    if (directory / _CONFIG).exists() and (newest := read_json(directory / _CONFIG).get("world_size")):
+        worlds = {newest}
     if len(worlds) != 1:
         raise CheckpointError(
             f"{directory} holds shards of {' and of '.join(map(str, sorted(worlds)))} ranks; keep those of one save"

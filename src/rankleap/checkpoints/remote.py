@@ -90,6 +90,8 @@ class _Span:
 class RemoteSafetensors(TensorSource):
     """Tensors of one or more safetensors files in a store."""
 
+    is_local = False
+
     def __init__(self, store: Store, files: Mapping[str, Sequence[str]], sizes: Mapping[str, int]) -> None:
         """Fetch the headers of files and check the names that an index lists for each; raises ``CheckpointError``."""
         self.shapes, self.dtypes = {}, {}

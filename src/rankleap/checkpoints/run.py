@@ -7,6 +7,7 @@ sub-adapter, ``tmp_`` directories and half-written files are no checkpoints.
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +21,11 @@ from rankleap.checkpoints.remote import RemotePath, open_remote_run
 from rankleap.errors import CheckpointError, InputError
 from rankleap.files import read_json
 
-_STEP = re.compile(r"(?:(?:checkpoint-|global_step_?|step[-_]?|iter_|epoch_)(\d+)(?:_hf)?|(\d+))")
+_STEP = re.compile(r"(?:(?:checkpoint[-_]|global_step_?|step[-_]?|iter_|epoch_)(\d+)(?:_hf)?|(\d+))")
 _TAIL = re.compile(r".+[-_]step[-_]?(\d+)")
 _UNFINISHED = re.compile(r"(?:tmp[-_.]|\.).*\d|.*\d\.(?:tmp|incomplete)")
-PARENTS = ("checkpoints", "broadcasts", "_actor", ".")
-"""Where trainers put their step directories: TRL's runs of ours and prime-rl, prime-rl, OpenRLHF, everyone else."""
+PARENTS = ("checkpoints", "checkpoint", "broadcasts", "_actor", ".")
+"""Where step directories lie: rankleap, accelerate and prime-rl, torchtitan, prime-rl, OpenRLHF, everyone else."""
 _LATEST = ("latest_checkpointed_iteration.txt", "latest_ckpt_global_step.txt", "latest")
 STABLE = "STABLE"
 """prime-rl's empty file in a directory that is complete."""
@@ -69,13 +70,19 @@ def open_run(location: Path | str, trust_pickle: bool = False) -> Run:
     ``location`` is a directory, ``hf://ORG/REPO`` or another address that fsspec reads, of which only what is asked for is
     fetched. ``trust_pickle`` lets pickled checkpoints name any global, so that opening them may run any code.
     """
-    if "://" in str(location):
-        remote = open_remote_run(str(location), step_in_name, PARENTS)
+    location = str(location).removeprefix("file://")
+    if "://" in location:
+        remote = open_remote_run(location, step_in_name, PARENTS)
         return Run(RemotePath(remote.location), LAYOUTS[remote.layout_key], remote.checkpoints, {}, remote.skipped)
     directory = Path(location)
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory; give a run directory that holds checkpoint-N folders")
-    parent, named, skipped = _step_directories(directory)
+    try:
+        if not directory.is_dir():
+            raise CheckpointError(
+                f"{directory} is not a directory; give a run directory that holds checkpoint-N folders"
+            )
+        parent, named, skipped = _step_directories(directory)
+    except PermissionError as error:
+        raise CheckpointError(f"{error.filename} may not be read by this user; change its permissions") from None
     found: dict[int, Checkpoint] = {}
     directories: dict[int, Path] = {}
     layouts: dict[str, Layout] = {}
@@ -91,6 +98,8 @@ def open_run(location: Path | str, trust_pickle: bool = False) -> Run:
         # Skipped and told, so that a run can be read while its newest step is being written.
         except InputError as error:
             skipped[path.name] = str(error)
+        except PermissionError as error:
+            skipped[path.name] = f"{error.filename} may not be read by this user; change its permissions"
     if not found:
         reasons = "".join(f"\n  {name}: {why}" for name, why in skipped.items())
         raise CheckpointError(f"no complete checkpoint in {parent}; needed folders such as checkpoint-20{reasons}")
@@ -111,8 +120,14 @@ def step_of(path: Path) -> int | None:
     return _saved_step(path) if step is None else step
 
 
+def _own_step(path: Path) -> int:
+    """The step of a checkpoint that is given itself: its own, else that of the step directory it lies in, else 0."""
+    steps = (step_of(place) for place in (path.absolute(), path.absolute().parent))
+    return next((step for step in steps if step is not None), 0)
+
+
 def _saved_step(path: Path) -> int | None:
-    return read_json(path / STATE).get("global_step") if (path / STATE).exists() else None
+    return read_json(path / STATE).get("global_step") if _is_there(path / STATE) else None
 
 
 def _checked_step(path: Path, step: int, found: dict[int, Path], marks: "_Marks") -> int:
@@ -121,13 +136,20 @@ def _checked_step(path: Path, step: int, found: dict[int, Path], marks: "_Marks"
         raise CheckpointError(f"its name says step {step}, its {STATE} says {saved}; rename it or leave it out")
     if step in found:
         raise CheckpointError(f"step {step} is here twice, {found[step].name} was taken")
-    if marks.stable and not (path / STABLE).exists():
+    if marks.stable and not _is_there(path / STABLE):
         raise CheckpointError(f"still being written: others beside it have the marker {STABLE}, it has not")
     if marks.latest is not None and step > marks.latest:
         raise CheckpointError(
             f"still being written: the run's own mark says that {marks.latest} is its newest complete step"
         )
     return step
+
+
+def _is_there(path: Path) -> bool:
+    # What may not be read is told when it is opened, and not before.
+    with suppress(PermissionError):
+        return path.exists()
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +163,7 @@ class _Marks:
 def _marks(parent: Path, named: list[tuple[Path, int]]) -> _Marks:
     texts = ((parent / name).read_text() for name in _LATEST if (parent / name).is_file())
     digits = [int(found.group()) for text in texts if (found := re.search(r"\d+", text))]
-    return _Marks(digits[0] if digits else None, any((path / STABLE).exists() for path, _ in named))
+    return _Marks(digits[0] if digits else None, any(_is_there(path / STABLE) for path, _ in named))
 
 
 def _step_directories(directory: Path) -> tuple[Path, list[tuple[Path, int]], dict[str, str]]:
@@ -163,7 +185,7 @@ def _step_directories(directory: Path) -> tuple[Path, list[tuple[Path, int]], di
         except CheckpointError:
             return *chosen, skipped
         # One checkpoint, given itself; a last save often has no step in its name.
-        return directory.parent, [(directory, step_of(directory) or 0)], skipped
+        return directory.parent, [(directory, _own_step(directory))], skipped
     return *chosen, skipped
 
 

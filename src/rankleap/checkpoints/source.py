@@ -24,6 +24,8 @@ class TensorSource(ABC):
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
+    is_local = True
+    """Whether reading again costs little more than memory does."""
 
     @abstractmethod
     def read(self, name: str, rows: slice | None = None) -> Tensor:
@@ -86,10 +88,11 @@ def open_safetensors(path: Path) -> Any:
     """Open a safetensors file, or raise ``CheckpointError`` that names it."""
     try:
         return safe_open(path, framework="pt")
-    except FileNotFoundError:
+    # The library calls a file that may not be read one that is not there.
+    except (FileNotFoundError, PermissionError):
+        if path.exists():
+            raise CheckpointError(f"{path} may not be read by this user; change its permissions") from None
         raise CheckpointError(f"{path} does not exist; the checkpoint is incomplete") from None
-    except PermissionError:
-        raise CheckpointError(f"{path} may not be read by this user; change its permissions") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} is truncated or damaged ({error}); copy it again or leave this step out"

@@ -1,4 +1,4 @@
-"""Loads a model, samples and grades: once in memory (``evaluate``), or onto disk with only what is missing (``evaluate_checkpoint``).
+"""Loads a model, samples and grades: in memory (``evaluate``), or onto disk with only what is missing (``evaluate_checkpoint``).
 
 Shapes: P problems, K samples of each.
 """

@@ -60,7 +60,7 @@ class Factors:
 class Workspace:
     """Memory for one dense delta at a time, reused: fresh pages cost more than reading the file does.
 
-    A delta that does not fit in ``limit_bytes`` is read from its files again at every pass.
+    A delta that does not fit in ``limit_bytes`` is read from its files again at every pass, if these are on this machine.
     """
 
     limit_bytes: int = 1 << 30
@@ -70,7 +70,7 @@ class Workspace:
     def blocks(self, delta: DeltaRows) -> Blocks:
         """Row blocks of a matrix: from the files on the first pass, from memory on later ones."""
         size = delta.shape.numel()
-        if 4 * size > self.limit_bytes:
+        if 4 * size > self.limit_bytes and delta.is_local:
             return lambda: delta.read(None, None)
         if len(self._buffer) < size:
             self._buffer = torch.empty(size, device=self.device)

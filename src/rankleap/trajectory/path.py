@@ -21,7 +21,7 @@ from rankleap.checkpoints import (
     Run,
     require_same_shapes,
 )
-from rankleap.checkpoints.delta import BLOCK_BYTES, not_finite
+from rankleap.checkpoints.delta import BLOCK_BYTES, CHUNK_BYTES, not_finite
 from rankleap.checkpoints.source import open_safetensors
 from rankleap.errors import BaseMismatchError, TrajectoryError
 from rankleap.files import read_json
@@ -90,7 +90,9 @@ class CheckpointTrajectory(Trajectory):
         if not full or not self.shapes[name]:
             return super().gram(name, first)
         # The increments are differences of neighbours, so that the base is read but once.
-        sides = [side.blocks(name, BLOCK_BYTES // 4) for side in (self.base, *full)]
+        # However many steps there are, their blocks together fit the cache, and their chunks a modest memory.
+        sizes = 8 * BLOCK_BYTES // (len(full) + 1), 16 * CHUNK_BYTES // (len(full) + 1)
+        sides = [side.blocks(name, *sizes) for side in (self.base, *full)]
         blocks = (torch.stack([block.flatten() for block in rows]).diff(dim=0) for rows in zip(*sides, strict=True))
         gram_TT = gram_of_increments(blocks)
         if not bool(torch.isfinite(gram_TT).all()):

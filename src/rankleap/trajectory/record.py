@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from rankleap.checkpoints import Checkpoint, Delta, DeltaRows, FullCheckpoint, LowRank, Run, base_of, dense, is_zero
 from rankleap.checkpoints.source import open_safetensors
 from rankleap.cluster import map_over
-from rankleap.errors import TrajectoryError
+from rankleap.errors import DiskSpaceError, TrajectoryError
 from rankleap.files import read_json, require_space, write_aside, write_json
 from rankleap.lowrank import Factors, Workspace, factorise, factorise_experts
 from rankleap.lowrank.factors import SEPARATED
@@ -76,7 +77,13 @@ class Recording:
         steps = self.steps()
         require_space(self.directory, self.size_bytes())
         with write_aside(step_file(self.directory, step)) as aside:
-            save_file(parts, aside, metadata={"step": str(step)})
+            try:
+                save_file(parts, aside, metadata={"step": str(step)})
+            # The disk may fill up after it was asked for its space.
+            except (OSError, SafetensorError) as error:
+                raise DiskSpaceError(
+                    f"cannot write {step_file(self.directory, step)}: {error}; nothing was lost"
+                ) from None
         self._write_index(sorted({*steps, step}))
 
     def before(self, step: int) -> Path | None:
