@@ -9,9 +9,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from rankleap.checkpoints import AdapterCheckpoint, FullCheckpoint, dense, open_run
+from rankleap.checkpoints import AdapterCheckpoint, FullCheckpoint, dense, load_weights, open_run
 from rankleap.files import read_json
-from rankleap.leap import Leap, leap_weights, load_weights, write_leap, write_leap_adapter
+from rankleap.leap import Leap, leap_weights, write_leap, write_leap_adapter
 from rankleap.predictors import PREDICTORS, get_predictor
 from rankleap.trajectory import RecordedTrajectory, Trajectory, recording_of, run_trajectory
 

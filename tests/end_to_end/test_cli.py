@@ -1,6 +1,8 @@
 """The command line as a user meets it: results, errors and exit codes."""
 
 import json
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -210,3 +212,73 @@ def test_a_verb_without_its_argument_is_a_usage_error(cli: Any) -> None:
     code, _, err = cli("train")
     assert code == 2
     assert "Missing argument" in err
+
+
+@pytest.fixture(scope="module")
+def foreign(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run as torch's own distributed checkpoints, as another trainer would leave it."""
+    import torch.distributed.checkpoint as dcp
+
+    out = tmp_path_factory.mktemp("foreign")
+    for step in (2, 4, 6):
+        weights = load_file(run / "checkpoints" / f"checkpoint-{step}" / "model.safetensors")
+        with warnings.catch_warnings():
+            # Of no process group, of which there is none here.
+            warnings.simplefilter("ignore")
+            dcp.save({"model": weights}, checkpoint_id=out / f"step_{step}", no_dist=True)
+    return out
+
+
+def test_a_foreign_run_goes_all_the_way(cli: Any, run: Path, foreign: Path, tmp_path: Path) -> None:
+    code, out, _ = cli("inspect", foreign, "--json")
+    assert (code, json.loads(out)["layout"]) == (0, "torch distributed checkpoint")
+    for source, directory in ((run, "ours"), (foreign, "theirs")):
+        arguments = ("--base", "bundled:sums", "--out", tmp_path / directory, "--rank", 2, "--json")
+        code, out, _ = cli("trajectory", source, *arguments)
+        assert (code, json.loads(out)["steps"]) == (0, [2, 4, 6])
+    for step in (2, 4, 6):
+        ours, theirs = (load_file(tmp_path / name / f"step-{step:06d}.safetensors") for name in ("ours", "theirs"))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key].nan_to_num(), theirs[key].nan_to_num()) for key in ours)
+    scored = []
+    for model in (run / "checkpoints" / "checkpoint-6", foreign / "step_6"):
+        arguments = ("--task", "sums", "--base", "bundled:sums", "--problems", 8, "-k", 1, "--json")
+        code, out, _ = cli("evaluate", model, *arguments)
+        assert code == 0
+        scored.append(next(iter(json.loads(out).values()))["avg"]["value"])
+    assert scored[0] == scored[1]
+
+
+def test_workers_and_spectra_are_what_was_asked(cli: Any, foreign: Path, tmp_path: Path) -> None:
+    arguments = ("--base", "bundled:sums", "--workers", 2, "--spectra", "*layers.0*q_proj*", "--json")
+    code, out, _ = cli("trajectory", foreign, "--out", tmp_path / "t" / "trajectory", *arguments)
+    assert code == 0
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert json.loads(out)["spectra"] == [name]
+    spectra = load_file(tmp_path / "t" / "analysis" / "spectra.safetensors")
+    step = load_file(tmp_path / "t" / "trajectory" / "step-000006.safetensors")
+    torch.testing.assert_close(spectra[f"{name}|spectrum"][2, :4], step[f"{name}|sigma"], rtol=1e-4, atol=0)
+
+
+def test_watch_records_and_lets_go(cli: Any, foreign: Path, tmp_path: Path) -> None:
+    run = copy_of(foreign, tmp_path / "run")
+    arguments = ("--base", "bundled:sums", "--once", "--settle", 0, "--delete", "--keep", 1, "--json")
+    code, out, _ = cli("watch", run, *arguments)
+    assert code == 0
+    assert json.loads(out) == {"recorded": [2, 4, 6], "removed": [2, 4], "waiting": {}}
+    assert sorted(path.name for path in run.iterdir()) == ["step_6", "trajectory"]
+    assert json.loads(cli("watch", run, *arguments)[1])["recorded"] == []
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_named(cli: Any, tmp_path: Path) -> None:
+    class Planted:
+        def __reduce__(self) -> tuple[object, ...]:
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    (tmp_path / "run" / "step_1").mkdir(parents=True)
+    torch.save({"w": torch.zeros(2, 2), "x": Planted()}, tmp_path / "run" / "step_1" / "pytorch_model.bin")
+    code, _, error = cli("inspect", tmp_path / "run")
+    assert code == 2
+    assert "posix.system" in error
+    assert "--trust-pickle" in error
+    assert not (tmp_path / "ran").exists()

@@ -12,10 +12,10 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from rankleap.checkpoints import AdapterCheckpoint, Delta, FullCheckpoint, LowRank, dense, open_run
+from rankleap.checkpoints import AdapterCheckpoint, Delta, FullCheckpoint, LowRank, dense, load_weights, open_run
 from rankleap.errors import BaseMismatchError, CheckpointError, InputError, NotFiniteError
 from rankleap.files import read_json
-from rankleap.leap import Leap, leap_weights, load_weights, norm_ratio, open_source, write_leap, write_leap_adapter
+from rankleap.leap import Leap, leap_weights, norm_ratio, open_source, write_leap, write_leap_adapter
 from rankleap.predictors import get_predictor
 from rankleap.trajectory import CheckpointTrajectory, RecordedTrajectory, Trajectory, recording_of, run_trajectory
 

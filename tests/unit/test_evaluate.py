@@ -316,7 +316,7 @@ def test_an_adapter_is_loaded_on_the_base_it_names_or_the_one_given(loaded, tmp_
 
 
 def test_a_directory_without_a_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=f"cannot load a causal language model from {tmp_path}"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path} is no checkpoint that rankleap knows: found nothing"):
         load_model(str(tmp_path))
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="does not name the adapter's base; give it with --base"):

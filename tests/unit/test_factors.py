@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rankleap.checkpoints import Delta, DeltaRows, LowRank, dense
-from rankleap.errors import NotConvergedError, NotFiniteError
+from rankleap.errors import InputError, NotConvergedError, NotFiniteError
 from rankleap.lowrank import Factors, Workspace, factorise, factorise_experts, rank_one_shares
 from rankleap.lowrank.factors import FULL_SVD_SIDE, SEPARATED, TOLERANCE
 from rankleap.lowrank.lanczos import lanczos
@@ -201,6 +201,11 @@ def test_row_blocks_give_the_factors_of_the_whole(limit: int) -> None:
     torch.testing.assert_close(lazy.left_MR, whole.left_MR, atol=1e-4, rtol=0)
     torch.testing.assert_close(lazy.sigma_R, whole.sigma_R, rtol=1e-5, atol=0)
     assert (read == 1) == (limit > 0)
+
+
+def test_a_device_that_is_not_here_is_refused_before_any_work() -> None:
+    with pytest.raises(InputError, match="device 'nonsense' cannot be used here"):
+        factorise(torch.ones(2, 2), 1, workspace=Workspace(device="nonsense"))
 
 
 def test_a_start_near_the_answer_takes_fewer_passes() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from writers import deepspeed
+from writers import deepspeed, torchtune
 from writers.dcp import write_dcp, write_megatron
 from writers.huggingface import write_adapter, write_full
 from writers.torch_files import write_bin, write_model_state
@@ -20,6 +20,7 @@ Writer = Callable[[Path, Path], tuple[str, dict[str, Tensor]]]
 WRITERS: dict[str, Writer] = {
     "megatron": write_megatron,
     "dcp": write_dcp,
+    "torchtune": torchtune.write_epoch,
     "peft": write_adapter,
     "deepspeed": deepspeed.write_step,
     "hf": write_full,

@@ -14,12 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rankleap.analysis import write_evidence
-from rankleap.checkpoints import FullCheckpoint, base_of, effective_weights, open_checkpoint, open_run
+from rankleap.checkpoints import FullCheckpoint, base_of, effective_weights, load_weights, open_checkpoint, open_run
 from rankleap.config import Recipe
 from rankleap.evaluation import Sampling, write_evaluation
 from rankleap.evaluation.evaluate import evaluate
 from rankleap.files import read_json, read_jsonl, write_json
-from rankleap.leap import Leap, leap_weights, load_weights
+from rankleap.leap import Leap, leap_weights
 from rankleap.predictors import get_predictor
 from rankleap.tasks import get_task
 from rankleap.tasks.grading import GraderPool

@@ -5,7 +5,7 @@ from rankleap.checkpoints.base import bundled_bases, resolve_base
 from rankleap.checkpoints.delta import Delta, DeltaRows, LowRank, combine, dense, inner, is_zero
 from rankleap.checkpoints.full import FullCheckpoint, require_same_shapes
 from rankleap.checkpoints.layouts import Checkpoint
-from rankleap.checkpoints.run import Run, base_of, effective_weights, open_checkpoint, open_run
+from rankleap.checkpoints.run import Run, base_of, effective_weights, load_weights, open_checkpoint, open_run
 
 __all__ = [
     "AdapterCheckpoint",
@@ -22,6 +22,7 @@ __all__ = [
     "effective_weights",
     "inner",
     "is_zero",
+    "load_weights",
     "open_checkpoint",
     "open_run",
     "require_same_shapes",

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rankleap.checkpoints import adapter, dcp, deepspeed, full, megatron, pickled, ranks
+from rankleap.checkpoints import adapter, dcp, deepspeed, full, megatron, pickled, ranks, torchtune
 from rankleap.checkpoints.adapter import AdapterCheckpoint
 from rankleap.checkpoints.full import FullCheckpoint
 from rankleap.errors import CheckpointError
@@ -48,6 +48,10 @@ LAYOUTS: dict[str, Layout] = {
         "Megatron torch_dist", megatron.find, megatron.open_checkpoint, f"{dcp.METADATA} of a Megatron model"
     ),
     "dcp": Layout("torch distributed checkpoint", dcp.find, dcp.open_checkpoint, f"{dcp.METADATA} beside {dcp.SHARDS}"),
+    # Before PEFT's, for the copy that torchtune makes for PEFT has wrong rows.
+    "torchtune": Layout(
+        "torchtune adapter", torchtune.find, torchtune.open_checkpoint, f"{torchtune.OWN} beside {adapter.CONFIG}"
+    ),
     # A directory with an adapter's config is an adapter, whatever else was saved into it.
     "peft": Layout(
         "PEFT adapter",

@@ -6,12 +6,13 @@ sub-adapter, ``tmp_`` directories and half-written files are no checkpoints.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from rankleap.checkpoints.adapter import AdapterCheckpoint
 from rankleap.checkpoints.base import require_same_tokens, resolve_base
@@ -212,3 +213,17 @@ def effective_weights(checkpoint: Checkpoint, base: FullCheckpoint) -> Iterator[
             yield name, checkpoint.weight(name, base)
         else:
             yield name, checkpoint.weight(name)
+
+
+def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy float32 weights into a live model by name; raises ``CheckpointError`` for a name that it does not have."""
+    # Tied weights are listed once, under the name that the file has as well.
+    live = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, weight in weights:
+            if name not in live:
+                kind = type(model).__name__
+                raise CheckpointError(
+                    f"{name} is no parameter of the {kind} in memory, which fuses or renames it on loading"
+                )
+            live[name].copy_(weight)

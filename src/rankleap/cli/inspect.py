@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from rankleap.cli.show import Json, RunLocation, TrustPickle, show_json, show_table, size
+from rankleap.cli.show import Json, RunLocation, TrustPickle, short_list, show_json, show_table, size
 
 
 def inspect(directory: RunLocation, trust_pickle: TrustPickle = False, as_json: Json = False) -> None:
@@ -30,7 +30,7 @@ def inspect(directory: RunLocation, trust_pickle: TrustPickle = False, as_json: 
         **facts,
         "base": facts["base"] or "not named by the run; give it with --base",
         "adapter": _listed(last.settings) if isinstance(last, AdapterCheckpoint) else "none: full weights",
-        "steps": f"{len(run.steps)}: {_short(run.steps)}",
+        "steps": f"{len(run.steps)}: {short_list(run.steps)}",
         "dtypes": ", ".join(f"{dtype} × {count}" for dtype, count in Counter(last.source.dtypes.values()).items()),
         "size_bytes": size(sum(checkpoint.size_bytes() for checkpoint in run.checkpoints.values())),
         "skipped": "\n".join(f"{name}: {why}" for name, why in run.skipped.items()) or "none",
@@ -39,10 +39,8 @@ def inspect(directory: RunLocation, trust_pickle: TrustPickle = False, as_json: 
 
 
 def _listed(settings: dict[str, object]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in settings.items())
-
-
-def _short(steps: list[int]) -> str:
-    """The steps, or the first and last few of many."""
-    few = steps if len(steps) <= 12 else [*steps[:6], "…", *steps[-5:]]
-    return ", ".join(map(str, few))
+    """``LoRA, rank 16, alpha 32, on k_proj, q_proj``."""
+    targets = settings.get("target_modules")
+    where = ", ".join(sorted(targets)) if isinstance(targets, list) else str(targets)
+    numbers = [f"{key} {settings[key]:g}" for key in ("rank", "alpha") if key in settings]
+    return ", ".join([str(settings["method"]), *numbers, f"on {where}"])

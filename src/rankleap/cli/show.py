@@ -68,6 +68,12 @@ def extras(need: str) -> Iterator[None]:
         raise MissingExtraError(need, _EXTRA_OF[top]) from None
 
 
+def short_list(values: Sequence[object]) -> str:
+    """The values, or the first and last few of many."""
+    few = values if len(values) <= 12 else [*values[:6], "…", *values[-5:]]
+    return ", ".join(map(str, few))
+
+
 def size(size_bytes: float) -> str:
     """Bytes for a person to read."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -5,7 +5,19 @@ from typing import Annotated
 
 import typer
 
-from rankleap.cli.show import Base, Device, Json, Rank, RunLocation, TrustPickle, Workers, show_json, show_table, size
+from rankleap.cli.show import (
+    Base,
+    Device,
+    Json,
+    Rank,
+    RunLocation,
+    TrustPickle,
+    Workers,
+    short_list,
+    show_json,
+    show_table,
+    size,
+)
 
 
 def trajectory(
@@ -57,11 +69,16 @@ def trajectory(
         show_json(result)
         return
     sizes = {key: size(value) for key, value in result.items() if isinstance(value, int) and key.endswith("_bytes")}
-    names = ", ".join(result["not_separated"][:4]) + (" …" if len(result["not_separated"]) > 4 else "")
-    result["not_separated"] = f"{len(result['not_separated'])} of {len(path.shapes)} {names}".strip()
-    rows = {**result, **sizes, "skipped": "\n".join(f"{name}: {why}" for name, why in run.skipped.items()) or "none"}
+    mixed = result["not_separated"]
+    matrices = sum(len(shape) > 1 for shape in path.shapes.values())
+    told = {
+        "steps": short_list(result["steps"]),
+        "not_separated": f"{len(mixed)} of {matrices} matrices{': ' if mixed else ''}{short_list(mixed)}",
+        "skipped": "\n".join(f"{name}: {why}" for name, why in run.skipped.items()) or "none",
+    }
+    rows = {**result, **sizes, **told}
     show_table(
         "trajectory",
-        [{"": key.removesuffix("_bytes").replace("_", " "), "value": value} for key, value in rows.items()],
-        note="not separated: matrices whose first direction is one of several near-equal ones, in the last step",
+        [{"": key.replace("_bytes", " size").replace("_", " "), "value": value} for key, value in rows.items()],
+        note="not separated: the first direction is one of several near-equal ones, in the last step",
     )

@@ -14,7 +14,8 @@ from typing import cast
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rankleap.checkpoints import resolve_base
+from rankleap.checkpoints import FullCheckpoint, effective_weights, load_weights, open_checkpoint, resolve_base
+from rankleap.checkpoints.layouts import LAYOUTS, layout_of
 from rankleap.errors import CheckpointError, InputError
 from rankleap.evaluation.result import Evaluation, Sampling
 from rankleap.evaluation.sampler import sample
@@ -152,9 +153,13 @@ def _gather(
 def load_model(name: str, base: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return (model, tokenizer) on the GPU where there is one; ``base`` overrides the base that an adapter names.
 
-    Weights stay in the precision they were saved in, and an adapter stays apart: merging would round it away in bf16.
+    Weights stay in the precision they were saved in, and an adapter stays apart: merging would round it away in bf16. A
+    checkpoint that neither Transformers nor PEFT reads is put into its base, in float32.
     """
     directory = resolve_base(name)
+    layout, place = layout_of(directory)
+    if place != directory or layout not in (LAYOUTS["hf"], LAYOUTS["hf-bin"], LAYOUTS["peft"]):
+        return _foreign(directory, base)
     config = directory / "adapter_config.json"
     named = (base or read_json(config).get("base_model_name_or_path")) if config.exists() else None
     if config.exists() and named is None:
@@ -172,6 +177,16 @@ def load_model(name: str, base: str | None = None) -> tuple[PreTrainedModel, Pre
         raise CheckpointError(f"cannot load a causal language model from {directory}: {error}") from None
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore[reportArgumentType]
     return model, tokenizer
+
+
+def _foreign(directory: Path, base: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if base is None:
+        raise CheckpointError(f"{directory} holds no model that can be loaded by itself; name its base with --base")
+    base_directory = resolve_base(base)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base_directory, dtype=torch.float32)
+    load_weights(model, effective_weights(open_checkpoint(directory), FullCheckpoint(base_directory)))
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore[reportArgumentType]
+    return model, AutoTokenizer.from_pretrained(base_directory)
 
 
 def _adapted(model: PreTrainedModel, directory: Path) -> PreTrainedModel:

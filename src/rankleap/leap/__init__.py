@@ -2,7 +2,7 @@
 
 from rankleap.leap.apply import Leap, adapter_weights, leap_weights, norm_ratio, write_leap, write_leap_adapter
 from rankleap.leap.gate import GateSettings, GateVerdict, judge
-from rankleap.leap.run import BaseReference, Source, Trial, load_weights, open_source, try_leaps, write_decision
+from rankleap.leap.run import BaseReference, Source, Trial, open_source, try_leaps, write_decision
 from rankleap.leap.search import Candidates, Decision, search
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "adapter_weights",
     "judge",
     "leap_weights",
-    "load_weights",
     "norm_ratio",
     "open_source",
     "search",

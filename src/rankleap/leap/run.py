@@ -9,13 +9,12 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from rankleap.checkpoints import FullCheckpoint, base_of, dense, open_run, resolve_base
+from rankleap.checkpoints import FullCheckpoint, base_of, dense, load_weights, open_run, resolve_base
 from rankleap.errors import CheckpointError
 from rankleap.evaluation import Sampling
 from rankleap.evaluation.divergence import forward_kl
@@ -132,20 +131,6 @@ def write_decision(decision: Decision, source: Source, out: Path, adapter_rank: 
     if adapter_rank is None:
         return write_leap(decision.leap, source.base, out, evidence)
     return write_leap_adapter(decision.leap, source.base, out, evidence, rank=adapter_rank, base_name=source.base_name)
-
-
-def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy float32 weights into a live model by name; raises ``CheckpointError`` for a name that it does not have."""
-    # Tied weights are listed once, under the name that the file has as well.
-    live = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, weight in weights:
-            if name not in live:
-                kind = type(model).__name__
-                raise CheckpointError(
-                    f"{name} is no parameter of the {kind} in memory, which fuses or renames it on loading"
-                )
-            live[name].copy_(weight)
 
 
 def _step_weights(source: Source, step: int) -> Iterable[tuple[str, Tensor]]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rankleap.checkpoints import Delta, DeltaRows, LowRank
 from rankleap.checkpoints.delta import BLOCK_BYTES, not_finite, require_finite, row_slices
-from rankleap.errors import NotConvergedError
+from rankleap.errors import InputError, NotConvergedError
 from rankleap.lowrank.lanczos import Blocks, lanczos
 
 FULL_SVD_SIDE = 256
@@ -66,6 +66,14 @@ class Workspace:
     limit_bytes: int = 1 << 30
     device: str = "cpu"
     _buffer: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __post_init__(self) -> None:
+        """Raise ``InputError`` for a device that is not here, before any work is done elsewhere."""
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"device {self.device!r} cannot be used here ({reason}); choose cpu") from None
 
     def blocks(self, delta: DeltaRows) -> Blocks:
         """Row blocks of a matrix: from the files on the first pass, from memory on later ones."""

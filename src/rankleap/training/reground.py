@@ -22,7 +22,7 @@ from peft import PeftModel, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rankleap.checkpoints import FullCheckpoint, adapter, resolve_base
+from rankleap.checkpoints import FullCheckpoint, adapter, load_weights, resolve_base
 from rankleap.config import LeapSection, Recipe
 from rankleap.errors import RunError
 from rankleap.evaluation import Sampling
@@ -35,7 +35,6 @@ from rankleap.leap import (
     GateSettings,
     Leap,
     leap_weights,
-    load_weights,
     search,
     write_leap,
 )
