@@ -149,3 +149,34 @@ def test_a_directory_without_weights_says_what_it_has(tmp_path: Path) -> None:
 def test_the_size_is_that_of_the_files(make_model: MakeModel, tmp_path: Path) -> None:
     make_model().save_pretrained(tmp_path, max_shard_size="20KB")
     assert FullCheckpoint(tmp_path).size_bytes() == sum(path.stat().st_size for path in shards(tmp_path))
+
+
+def test_a_tied_head_that_is_stored_twice_counts_once(make_model: MakeModel, tmp_path: Path) -> None:
+    for name, scale in (("base", 1.0), ("run", 1.5)):
+        model = make_model(tie_word_embeddings=True)
+        model.save_pretrained(tmp_path / name)
+        tensors = {key: scale * value for key, value in load_file(tmp_path / name / "model.safetensors").items()}
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    base, checkpoint = FullCheckpoint(tmp_path / "base"), FullCheckpoint(tmp_path / "run")
+    assert "lm_head.weight" not in checkpoint.shapes_on(base)
+    assert "lm_head.weight" not in base.shapes
+
+
+def test_a_checkpoint_that_lacks_tensors_of_its_base_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    del tensors["model.norm.weight"]
+    (tmp_path / "run").mkdir()
+    save_file(tensors, tmp_path / "run" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BaseMismatchError, match=r"lacks 1 tensors of the base .*, such as model\.norm\.weight"):
+        FullCheckpoint(tmp_path / "run").shapes_on(FullCheckpoint(tmp_path / "base"))
+
+
+def test_names_that_an_index_repeats_in_vain_are_no_damage(make_model: MakeModel, tmp_path: Path) -> None:
+    make_model(tie_word_embeddings=True).save_pretrained(tmp_path, max_shard_size="20KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    shard = next(iter(index["weight_map"].values()))
+    index["weight_map"] |= {"lm_head.weight": shard, "model.layers.0.self_attn.rotary_emb.inv_freq": shard}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "lm_head.weight" not in FullCheckpoint(tmp_path).shapes

@@ -24,8 +24,8 @@ from rankleap.checkpoints.pickled import (
     TorchFilesSource,
     scan_pickle,
     state_dict,
-    without_tied_head,
 )
+from rankleap.checkpoints.source import without_tied_head
 from rankleap.errors import CheckpointError
 from writers.torch_files import save_bin
 

@@ -183,7 +183,7 @@ def test_a_step_without_a_name_is_told_by_its_state(run: Path) -> None:
     assert open_run(run).steps == [10, 20, 30, 40]
 
 
-@pytest.mark.parametrize("name", ["iter_0000020", "epoch_20", "0020", "step20", "global_step20", "global_step20_hf"])
+@pytest.mark.parametrize("name", ["iter_0000020", "epoch_19", "0020", "step20", "global_step20", "global_step20_hf"])
 def test_every_trainers_names_tell_the_step(run: Path, name: str) -> None:
     (run / "checkpoint-20").rename(run / name)
     assert open_run(run).steps == [10, 20, 30, 40]

@@ -59,7 +59,7 @@ def test_epochs_are_steps_of_a_run(run: Path, epoch: Path) -> None:
     shutil.copytree(epoch, epoch.parent / "epoch_1")
     (epoch.parent / "recipe_state").mkdir()
     opened = open_run(epoch.parent)
-    assert (opened.steps, opened.skipped) == ([0, 1], {})
+    assert (opened.steps, opened.skipped) == ([1, 2], {})
     assert opened.layout.name == "torchtune adapter"
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from rankleap.checkpoints import adapter
 from rankleap.checkpoints.adapter import AdapterCheckpoint
 from rankleap.checkpoints.full import FullCheckpoint
-from rankleap.checkpoints.pickled import Reader, StoredTensor, dtype_name, opening, without_tied_head
+from rankleap.checkpoints.pickled import Reader, StoredTensor, dtype_name, opening
 from rankleap.checkpoints.source import Renamed, TensorSource
 from rankleap.errors import CheckpointError
 from rankleap.files import read_json
@@ -183,7 +183,7 @@ def open_checkpoint(folder: Path, trust_pickle: bool = False) -> FullCheckpoint 
     # Wrappers first: an adapter's own names lie within the model's.
     names = model_names(source.shapes)
     if not any(_ADAPTED.fullmatch(name) for name in names):
-        return FullCheckpoint(folder, source=without_tied_head(Renamed(source, names)))
+        return FullCheckpoint(folder, source=Renamed(source, names))
     config = next((place / adapter.CONFIG for place in upwards(folder) if (place / adapter.CONFIG).exists()), None)
     if config is None:
         raise CheckpointError(

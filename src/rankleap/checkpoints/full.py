@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from rankleap.checkpoints.delta import BLOCK_BYTES, CHUNK_BYTES, DeltaRows, require_finite, row_slices
-from rankleap.checkpoints.source import DTYPES, SafetensorsSource, TensorSource
+from rankleap.checkpoints.source import DTYPES, SafetensorsSource, TensorSource, without_tied_head
 from rankleap.errors import BaseMismatchError, CheckpointError
 from rankleap.files import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 class FullCheckpoint:
@@ -33,7 +32,8 @@ class FullCheckpoint:
         """
         self.directory = directory
         self.file = file
-        self.source = source or SafetensorsSource({directory / file: []} if file else _weight_files(directory))
+        found = source or SafetensorsSource({directory / file: []} if file else _weight_files(directory))
+        self.source = without_tied_head(found)
         self.shapes, self.dtypes = self.source.shapes, self.source.dtypes
 
     def tensor(self, name: str, rows: slice | None = None) -> Tensor:
@@ -59,24 +59,14 @@ class FullCheckpoint:
         return difference
 
     def shapes_on(self, base: "FullCheckpoint") -> dict[str, tuple[int, ...]]:
-        """Every tensor with its shape; ``BaseMismatchError`` unless the base has all of them, alike, and no more.
-
-        A head that is the embedding once more is left out where the base keeps it but once.
-        """
-        shapes = dict(self.shapes)
-        if HEAD in shapes and HEAD not in base.shapes and self._is_tied():
-            del shapes[HEAD]
-        require_same_shapes(shapes, base, self.directory)
-        if lacking := [name for name in base.shapes if name not in shapes and name != HEAD]:
+        """Every tensor with its shape; ``BaseMismatchError`` unless the base has all of them, alike, and no more."""
+        require_same_shapes(self.shapes, base, self.directory)
+        if lacking := [name for name in base.shapes if name not in self.shapes]:
             raise BaseMismatchError(
                 f"{self.directory} lacks {len(lacking)} tensors of the base {base.directory}, such as {lacking[0]}; "
                 "it is incomplete, or --base names another model"
             )
-        return shapes
-
-    def _is_tied(self) -> bool:
-        first = slice(0, 1)
-        return EMBEDDING in self.shapes and torch.equal(self.tensor(HEAD, first), self.tensor(EMBEDDING, first))
+        return dict(self.shapes)
 
     def lazy_delta(self, name: str, base: "FullCheckpoint") -> DeltaRows:
         """The same in row blocks, never as a whole; NaN and infinity are for the reader to find in its norm."""
@@ -160,8 +150,15 @@ def _weight_files(directory: Path) -> dict[Path, list[str]]:
         shard_of: dict[str, str] = read_json(directory / INDEX).get("weight_map", {})
         if not shard_of:
             raise CheckpointError(f"{directory / INDEX} lists no tensors; copy it again or leave this step out")
+        config = directory / "config.json"
+        tied = config.exists() and read_json(config).get("tie_word_embeddings")
+        # torchtune's index repeats names of the base that its files rightly leave out.
+        spare = {
+            name for name in shard_of if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+        }
         return {
-            directory / s: [name for name in shard_of if shard_of[name] == s] for s in sorted(set(shard_of.values()))
+            directory / s: [name for name in shard_of if shard_of[name] == s and name not in spare]
+            for s in sorted(set(shard_of.values()))
         }
     found = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) if directory.is_dir() else "no such directory"
     raise CheckpointError(f"{directory} needs {WEIGHTS} or {INDEX}; found: {found or 'nothing'}")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rankleap.checkpoints.full import FullCheckpoint
-from rankleap.checkpoints.source import DTYPE_NAMES, Renamed, TensorSource
+from rankleap.checkpoints.source import DTYPE_NAMES, TensorSource
 from rankleap.errors import CheckpointError
 from rankleap.files import read_json
 
@@ -177,7 +177,7 @@ def open_bin(directory: Path, trust_pickle: bool = False) -> FullCheckpoint:
             f"{directory / BIN_INDEX} lists {len(shard_of)} tensors, its shards lack {', '.join(lost[:8]) or 'all'}; "
             "copy them again"
         )
-    return FullCheckpoint(directory, source=without_tied_head(source))
+    return FullCheckpoint(directory, source=source)
 
 
 def open_torch(directory: Path, trust_pickle: bool = False) -> FullCheckpoint:
@@ -186,28 +186,12 @@ def open_torch(directory: Path, trust_pickle: bool = False) -> FullCheckpoint:
 
 
 def _one_file(path: Path, trust_pickle: bool) -> FullCheckpoint:
-    return FullCheckpoint(path.parent, source=without_tied_head(TorchFilesSource([path], trust_pickle)))
+    return FullCheckpoint(path.parent, source=TorchFilesSource([path], trust_pickle))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """Safetensors' name of a precision that weights may have, else torch's own."""
     return DTYPE_NAMES.get(dtype, str(dtype))
-
-
-def without_tied_head(source: TensorSource) -> TensorSource:
-    """The source without an ``lm_head.weight`` that repeats the embedding: pickles hold both, safetensors and the base one.
-
-    FSDP1 writes two copies, so shared storage does not tell; equal rows do, since every row of a head of its own is trained.
-    """
-    heads = {name for name in source.shapes if name.endswith("lm_head.weight")}
-    rows = slice(0, 16)
-    repeated = {
-        head
-        for head in heads
-        for name in source.shapes.keys() - heads
-        if source.shapes[name] == source.shapes[head] and torch.equal(source.read(name, rows), source.read(head, rows))
-    }
-    return Renamed(source, {name: name for name in source.shapes if name not in repeated}) if repeated else source
 
 
 class _Storage(NamedTuple):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rankleap.checkpoints.adapter import AdapterCheckpoint
 from rankleap.checkpoints.full import FullCheckpoint
-from rankleap.checkpoints.pickled import Record, StoredTensor, WrappedTensor, dtype_name, state_dict, without_tied_head
+from rankleap.checkpoints.pickled import Record, StoredTensor, WrappedTensor, dtype_name, state_dict
 from rankleap.checkpoints.source import Renamed, TensorSource
 from rankleap.errors import CheckpointError
 from rankleap.files import read_json
@@ -81,7 +81,7 @@ def open_ranks(directory: Path, trust_pickle: bool = False) -> FullCheckpoint | 
     adapter = {name: name for name in source.shapes if _ADAPTER.fullmatch(name)}
     if adapter:
         return AdapterCheckpoint(directory, config=_lora_config(directory), source=Renamed(source, adapter))
-    return FullCheckpoint(directory, source=without_tied_head(source))
+    return FullCheckpoint(directory, source=source)
 
 
 def _lora_config(directory: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from rankleap.files import read_json
 _STEP = re.compile(r"(?:(?:checkpoint[-_]|global_step_?|step[-_]?|iter_|epoch_)(\d+)(?:_hf)?|(\d+))")
 _TAIL = re.compile(r".+[-_]step[-_]?(\d+)")
 _UNFINISHED = re.compile(r"(?:tmp[-_.]|\.).*\d|.*\d\.(?:tmp|incomplete)")
-PARENTS = ("checkpoints", "checkpoint", "broadcasts", "_actor", ".")
+PARENTS = ("checkpoints", "checkpoint", "broadcasts", "weights", "_actor", ".")
 """Where step directories lie: rankleap, accelerate and prime-rl, torchtitan, prime-rl, OpenRLHF, everyone else."""
 _LATEST = ("latest_checkpointed_iteration.txt", "latest_ckpt_global_step.txt", "latest")
 STABLE = "STABLE"
@@ -112,7 +112,11 @@ def open_run(location: Path | str, trust_pickle: bool = False) -> Run:
 def step_in_name(name: str) -> int | None:
     """The step that a directory or revision is named for: ``checkpoint-20``, ``GRPO-step-20``."""
     match = _STEP.fullmatch(name) or _TAIL.fullmatch(name)
-    return int(next(group for group in match.groups() if group)) if match else None
+    if match is None:
+        return None
+    step = int(next(group for group in match.groups() if group))
+    # torchtune counts epochs from 0, and step 0 is the base.
+    return step + name.startswith("epoch_")
 
 
 def step_of(path: Path) -> int | None:

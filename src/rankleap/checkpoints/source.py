@@ -84,6 +84,22 @@ class Renamed(TensorSource):
         return self._source.size_bytes()
 
 
+def without_tied_head(source: TensorSource) -> TensorSource:
+    """The source without an ``lm_head.weight`` that repeats the embedding, so that a tied pair counts once however it was saved.
+
+    FSDP1 writes two copies, so shared storage does not tell; equal rows do, since every row of a head of its own is trained.
+    """
+    heads = {name for name in source.shapes if name.endswith("lm_head.weight")}
+    rows = slice(0, 16)
+    repeated = {
+        head
+        for head in heads
+        for name in source.shapes.keys() - heads
+        if source.shapes[name] == source.shapes[head] and torch.equal(source.read(name, rows), source.read(head, rows))
+    }
+    return Renamed(source, {name: name for name in source.shapes if name not in repeated}) if repeated else source
+
+
 def open_safetensors(path: Path) -> Any:
     """Open a safetensors file, or raise ``CheckpointError`` that names it."""
     try:
