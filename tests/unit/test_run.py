@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from rankleap.checkpoints import (
     AdapterCheckpoint,
@@ -122,10 +123,6 @@ def test_adapters_name_their_base_also_beside_a_models_own_config(
     assert open_run(run).base_name() == str(base_directory)
     (run / "config.json").write_text(json.dumps({"model_type": "llama"}))
     assert open_run(run).base_name() == str(base_directory)
-
-
-def test_a_base_that_is_given_counts_before_the_one_that_is_named(lora_run: Path) -> None:
-    assert base_of(open_run(lora_run), "bundled:sums")[0] == "bundled:sums"
 
 
 def test_a_run_that_names_no_base_asks_for_one(run: Path) -> None:
@@ -259,3 +256,15 @@ def test_a_flipped_bit_in_a_header_is_told_or_harmless(run_directory: Path, posi
             run_trajectory(open_run(Path(directory)), base)
         except CheckpointError as error:
             assert directory in str(error)
+
+
+def test_a_base_whose_weights_are_not_those_that_the_run_names_is_refused(
+    lora_run: Path, base_directory: Path, make_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    opened = open_run(lora_run)
+    assert opened.base_name() == str(base_directory)
+    copy = shutil.copytree(base_directory, tmp_path / "copy")
+    assert base_of(opened, str(copy))[0] == str(copy)
+    make_model(seed=1).save_pretrained(tmp_path / "other")
+    with pytest.raises(BaseMismatchError, match="whose weights are not those of"):
+        base_of(opened, str(tmp_path / "other"))

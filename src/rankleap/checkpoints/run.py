@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from rankleap.checkpoints.adapter import AdapterCheckpoint
-from rankleap.checkpoints.base import require_same_tokens, resolve_base
+from rankleap.checkpoints.base import BUNDLED, require_same_tokens, resolve_base
 from rankleap.checkpoints.full import FullCheckpoint
 from rankleap.checkpoints.layouts import LAYOUTS, Checkpoint, Layout, layout_of
 from rankleap.checkpoints.remote import RemotePath, open_remote_run
-from rankleap.errors import CheckpointError, InputError
+from rankleap.errors import BaseMismatchError, CheckpointError, InputError
 from rankleap.files import read_json
 
 _STEP = re.compile(r"(?:(?:checkpoint[-_]|global_step_?|step[-_]?|iter_|epoch_)(\d+)(?:_hf)?|(\d+))")
@@ -201,10 +201,24 @@ def base_of(run: Run, name: str | None) -> tuple[str, FullCheckpoint]:
         raise CheckpointError(
             f"{run.directory} does not name its base; give it with --base (a directory, a Hub name or bundled:NAME)"
         )
-    base = resolve_base(chosen)
+    directory = resolve_base(chosen)
     if run.directories:  # a remote run's tokenizer would have to be fetched
-        require_same_tokens(run.directories[run.steps[-1]], base)
-    return chosen, FullCheckpoint(base)
+        require_same_tokens(run.directories[run.steps[-1]], directory)
+    base = FullCheckpoint(directory)
+    _require_named(run, chosen, base)
+    return chosen, base
+
+
+def _require_named(run: Run, given: str, base: FullCheckpoint) -> None:
+    """Refuse a base whose weights are not those of the one that the run names, if that one is at hand."""
+    named = run.base_name()
+    at_hand = named is not None and (named.startswith(BUNDLED) or Path(named).is_dir())
+    if not at_hand or named == given:
+        return
+    if FullCheckpoint(resolve_base(named)).fingerprint() != base.fingerprint():
+        raise BaseMismatchError(
+            f"{run.directory} was trained from {named}, whose weights are not those of {given}; leave --base out"
+        )
 
 
 def effective_weights(checkpoint: Checkpoint, base: FullCheckpoint) -> Iterator[tuple[str, Tensor]]:
