@@ -9,7 +9,7 @@ W_0 is the same at every step, the noise is new, and the direction turns by 0.2 
 - *pair*: top-1 factors of every matrix from the files, cold and warm-started, beside reading both sides and
   subtracting them in float32 the plain way; medians of alternating rounds, from the page cache
 - *gaps*: residual, angle and flag at four gaps on the two largest shapes of a layer, beside the planted truth
-- *svd*: ``torch.linalg.svd`` of the smaller shapes, extrapolated to the others by M·N·min(M, N), and said so
+- *svd*: ``torch.linalg.svd`` of each shape of a layer, once
 - *lora*: factors of a LoRA checkpoint beside merging and a full SVD
 - *memory*: peak resident memory of a fresh process for the pair and for a Gram matrix over 27 steps
 - *processes*: two single-threaded processes beside one
@@ -17,7 +17,6 @@ W_0 is the same at every step, the noise is new, and the direction turns by 0.2 
 
 import argparse
 import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -186,7 +185,7 @@ def full_svd(shapes: Sequence[tuple[int, int]]) -> dict[str, float]:
     }
 
 
-def lora(root: Path, svd_per_flop_s: float) -> dict[str, object]:
+def lora(root: Path, svd_s: dict[str, float]) -> dict[str, object]:
     """Exact factors of a LoRA of rank 32 on every linear shape, beside merging and a full SVD."""
     directory = root / "lora"
     directory.mkdir(parents=True, exist_ok=True)
@@ -209,10 +208,10 @@ def lora(root: Path, svd_per_flop_s: float) -> dict[str, object]:
     delta = adapter.delta(name, base)
     assert isinstance(delta, LowRank)
     sigma = torch.linalg.svdvals(dense(delta).double())[:4]
-    slow_s = sum(svd_per_flop_s * math.prod(shape) * min(shape) for shape in shapes.values())
+    slow_s = sum(svd_s[f"{rows}x{columns}"] for rows, columns in shapes.values())
     return {
         "seconds": clocks,
-        "full_svd_seconds_extrapolated": slow_s,
+        "full_svd_seconds": slow_s,
         "times_faster": slow_s / sum(clocks.values()),
         "relative_error_of_sigma": float(((factorise(delta, 4).sigma_R.double() - sigma) / sigma).abs().max()),
     }
@@ -229,8 +228,9 @@ def peak_gb(*arguments: str) -> float:
 
 
 def report_peak() -> None:
-    """Print this process's own peak; Linux counts it in kibibytes."""
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
+    """Print this process's own peak; ``ru_maxrss`` would inherit that of the parent it was forked from."""
+    status = Path("/proc/self/status").read_text()
+    print(int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9)
 
 
 def processes(root: Path, rounds: int) -> dict[str, object]:
@@ -295,8 +295,7 @@ def main() -> None:
     one_layer = {name: shape for name, shape in SHAPES.items() if ".layers.0." in name}
     tensor = {"model.layers.0.mlp.gate_proj.weight": (INNER, HIDDEN)}
     found: dict[str, object] = {"versions": versions(), "machine": machine(), "threads": torch.get_num_threads()}
-    svd_s = full_svd([(KEYS, HIDDEN), (HIDDEN // 2, HIDDEN)]) if {"svd", "lora"} & set(given.parts) else {}
-    per_flop_s = svd_s[f"{HIDDEN // 2}x{HIDDEN}"] / (HIDDEN**3 / 4) if svd_s else math.nan
+    svd_s = full_svd(sorted(set(one_layer.values()))) if {"svd", "lora"} & set(given.parts) else {}
     if "pair" in given.parts:
         found["pair"] = {"1.2": pair(root / "pair", SHAPES, 1.2, given.rounds)}
         found["pair_of_one_layer"] = {
@@ -307,15 +306,13 @@ def main() -> None:
         found["gaps"] = [accuracy(gap, shape) for gap in (3, 1.2, 1.03, 1.003) for shape in shapes]
     if "svd" in given.parts:
         ours = {f"{m}x{n}": _top(m, n) for m, n in set(one_layer.values())}
-        full = {f"{m}x{n}": per_flop_s * m * n * min(m, n) for m, n in set(one_layer.values())}
         found["svd"] = {
-            "measured_seconds": svd_s,
-            "extrapolated_seconds": full,
+            "full_seconds": svd_s,
             "ours_seconds": ours,
-            "times_faster": {shape: full[shape] / ours[shape] for shape in ours},
+            "times_faster": {shape: svd_s[shape] / ours[shape] for shape in ours},
         }
     if "lora" in given.parts:
-        found["lora"] = lora(root, per_flop_s)
+        found["lora"] = lora(root, svd_s)
     if "memory" in given.parts:
         write_checkpoints(root / "steps", tensor, range(1, given.steps + 1), 1.2)
         found["gram"] = gram_of_run(root / "steps")

@@ -6,7 +6,7 @@
 The residual says that it is a triplet; the angle, Wedin's bound on the sine between u_k, v_k and the true ones (Stewart &
 Sun, Matrix Perturbation Theory, §V.4), says whether it has a direction of its own: near-equal singular values have none.
 
-A product L·R is factored exactly without multiplying it out: L = Q_l·C_l, Rᵀ = Q_r·C_r, and the SVD of the R × R core
+A product L·R is factored exactly without multiplying it out: L = Q_l·C_l, Rᵀ = Q_r·C_r, and the SVD of the small core
 C_l·C_rᵀ. A small dense matrix gets a full SVD; a large one block Lanczos (``lanczos``), straight from the files if need be.
 
 Shapes: M rows, N columns, R triplets, K the smaller side of a core, E fused experts. float32 in, float32 out.
@@ -111,7 +111,7 @@ def factorise(
     if isinstance(delta, DeltaRows) and min(delta.shape) <= FULL_SVD_SIDE:
         delta = torch.cat(list(delta.read(None, None)))
     if isinstance(delta, LowRank):
-        return _of_spectrum(delta, _svd_of_product(delta), rank, tolerance)
+        return _of_spectrum(delta, _svd_of_product(delta, rank), rank, tolerance)
     if isinstance(delta, Tensor) and min(delta.shape) <= FULL_SVD_SIDE:
         require_finite(delta, name, "what was read")
         return _of_spectrum(delta, torch.linalg.svd(delta, full_matrices=False), rank, tolerance)
@@ -157,11 +157,26 @@ def rank_one_shares(factors: Factors) -> dict[str, float | None]:
     }
 
 
-def _svd_of_product(delta: LowRank) -> tuple[Tensor, Tensor, Tensor]:
-    left_MK, left_core_KR = torch.linalg.qr(delta.left_MR)
-    right_NK, right_core_KR = torch.linalg.qr(delta.right_RN.T)
-    u_KK, sigma_K, vh_KK = torch.linalg.svd(left_core_KR @ right_core_KR.T, full_matrices=False)
-    return left_MK @ u_KK, sigma_K, vh_KK @ right_NK.T
+def _svd_of_product(delta: LowRank, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first ``rank`` vectors of either side, and all singular values."""
+    left_KR, left_whitened_RK = _root(delta.left_MR.T)
+    right_KR, right_whitened_RK = _root(delta.right_RN)
+    u_KK, sigma_K, vh_KK = torch.linalg.svd(left_KR @ right_KR.T, full_matrices=False)
+    left_MR = delta.left_MR @ (left_whitened_RK @ u_KK[:, :rank]).float()
+    return left_MR, sigma_K.float(), (vh_KK[:rank] @ right_whitened_RK.T).float() @ delta.right_RN
+
+
+def _root(factor_RN: Tensor) -> tuple[Tensor, Tensor]:
+    """C and W with FᵀW orthonormal and F = C·…: the two halves of a QR factorisation of Fᵀ, from its Gram matrix.
+
+    In float64 the Gram matrix loses nothing that float32 factors have, at a third of the cost of Householder's QR.
+    """
+    factor_RN = factor_RN.double()
+    value_R, vector_RR = torch.linalg.eigh(factor_RN @ factor_RN.T)
+    # Directions that the factor does not have, such as the padding of a smaller rank, are left out.
+    kept = value_R > 1e-14 * value_R[-1:]
+    root_K, vector_RK = value_R[kept].sqrt(), vector_RR[:, kept]
+    return root_K[:, None] * vector_RK.T, vector_RK / root_K
 
 
 def _of_spectrum(delta: Delta, svd: tuple[Tensor, Tensor, Tensor], rank: int, tolerance: float) -> Factors:
