@@ -212,8 +212,7 @@ def base_of(run: Run, name: str | None) -> tuple[str, FullCheckpoint]:
 def _require_named(run: Run, given: str, base: FullCheckpoint) -> None:
     """Refuse a base whose weights are not those of the one that the run names, if that one is at hand."""
     named = run.base_name()
-    at_hand = named is not None and (named.startswith(BUNDLED) or Path(named).is_dir())
-    if not at_hand or named == given:
+    if named is None or named == given or not (named.startswith(BUNDLED) or Path(named).is_dir()):
         return
     if FullCheckpoint(resolve_base(named)).fingerprint() != base.fingerprint():
         raise BaseMismatchError(
