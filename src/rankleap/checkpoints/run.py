@@ -214,7 +214,9 @@ def _require_named(run: Run, given: str, base: FullCheckpoint) -> None:
     named = run.base_name()
     if named is None or named == given or not (named.startswith(BUNDLED) or Path(named).is_dir()):
         return
-    if FullCheckpoint(resolve_base(named)).fingerprint() != base.fingerprint():
+    other = FullCheckpoint(resolve_base(named))
+    # Of other shapes, the tensors themselves say best what is wrong, when they are compared.
+    if other.shapes == base.shapes and other.fingerprint() != base.fingerprint():
         raise BaseMismatchError(
             f"{run.directory} was trained from {named}, whose weights are not those of {given}; leave --base out"
         )
