@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rankleap.checkpoints import FullCheckpoint, require_same_shapes
+from rankleap.checkpoints.delta import CHUNK_BYTES
 from rankleap.errors import BaseMismatchError, CheckpointError, NotFiniteError
 
 MakeModel = Callable[..., PreTrainedModel]
@@ -180,3 +181,18 @@ def test_names_that_an_index_repeats_in_vain_are_no_damage(make_model: MakeModel
     index["weight_map"] |= {"lm_head.weight": shard, "model.layers.0.self_attn.rotary_emb.inv_freq": shard}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "lm_head.weight" not in FullCheckpoint(tmp_path).shapes
+
+
+def test_row_blocks_of_a_tensor_of_several_chunks_are_the_whole(tmp_path: Path) -> None:
+    for name, value in (("base", 0.0), ("run", 1.0)):
+        (tmp_path / name).mkdir()
+        tensor = value + torch.arange(3000 * 2048, dtype=torch.float32).reshape(3000, 2048) * (1 + value)
+        assert tensor.nbytes > CHUNK_BYTES
+        save_file({"w": tensor}, tmp_path / name / "model.safetensors")
+    base, run = (FullCheckpoint(tmp_path / name) for name in ("base", "run"))
+    out, expected = torch.empty(3000, 2048), run.delta("w", base)
+    lazy = run.lazy_delta("w", base)
+    assert torch.equal(torch.cat(list(lazy.read(None, None))), expected)
+    assert sum(len(block) for block in lazy.read(None, out)) == 3000
+    assert torch.equal(out, expected)
+    assert torch.equal(torch.cat(list(run.blocks("w"))), run.weight("w"))

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from rankleap.checkpoints import Delta, FullCheckpoint, LowRank, dense, open_run
+from rankleap.checkpoints import Delta, DeltaRows, FullCheckpoint, LowRank, dense, open_run
 from rankleap.errors import BaseMismatchError, CheckpointError, DiskSpaceError, NotFiniteError, TrajectoryError
 from rankleap.files import read_json
-from rankleap.lowrank import factorise
+from rankleap.lowrank import Workspace, factorise
 from rankleap.trajectory import (
     RecordedTrajectory,
     Recording,
@@ -24,6 +24,7 @@ from rankleap.trajectory import (
     unseparated,
 )
 from rankleap.trajectory.path import read_factors, step_file
+from rankleap.trajectory.record import parts_of
 
 
 def deltas_at(trajectory: Trajectory, step: int) -> Iterator[tuple[str, Delta]]:
@@ -271,3 +272,22 @@ def test_a_disk_that_fills_up_while_writing_loses_nothing(base_directory: Path, 
         signal.signal(signal.SIGXFSZ, before)
     assert RecordedTrajectory(tmp_path).steps == (10,)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index.json", "step-000010.safetensors"]
+
+
+def test_a_step_starts_from_the_directions_of_the_step_before(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(500, 400, generator=generator)
+    sides = (torch.nn.functional.normalize(torch.randn(side, generator=generator), dim=0) for side in (500, 400))
+    delta = noise + 1.1 * (500**0.5 + 400**0.5) * torch.outer(*sides)
+    reads: list[int] = []
+
+    def rows(expert: int | None, out: torch.Tensor | None) -> Iterator[torch.Tensor]:
+        reads.append(1)
+        yield from delta.split(100)
+
+    again = Workspace(limit_bytes=0)  # each pass reads, so that passes can be counted
+    cold = parts_of("w", DeltaRows(delta.shape, rows), 1, None, again)
+    passes = len(reads)
+    save_file(cold, tmp_path / "before.safetensors")
+    parts_of("w", DeltaRows(delta.shape, rows), 1, tmp_path / "before.safetensors", again)
+    assert len(reads) - passes < 0.8 * passes

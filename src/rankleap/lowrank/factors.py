@@ -211,7 +211,6 @@ def _certified(
             f"the SVD of a {(len(left_MR), right_RN.shape[1])} delta has a residual of {float(residual_R.max()):.1e}·σ₁, "
             f"needed {tolerance:.0e}; ask for fewer triplets"
         )
-    angle_R = torch.where(residual_R <= tolerance, angle_R, math.inf)
     return Factors(left_MR, sigma_R, right_RN, residual_R, angle_R, *norms)
 
 
