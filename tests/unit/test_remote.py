@@ -1,11 +1,18 @@
-"""Remote runs, in a file system in memory that counts what is asked of it."""
+"""Remote runs, in a file system in memory that counts what is asked of it, and on a Hub of one repository on this machine."""
 
 import json
+import os
 import pickle
 import re
+import subprocess
+import sys
+import threading
+from collections import Counter
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import unquote, urlsplit
 
 import fsspec
 import pytest
@@ -16,17 +23,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rankleap.checkpoints import AdapterCheckpoint, FullCheckpoint, dense, open_run
-from rankleap.checkpoints.remote import FIRST_BYTES, RemoteRun, RemoteSafetensors, open_remote_run
-from rankleap.checkpoints.source import SafetensorsSource
-from rankleap.checkpoints.stores import fsspec_store
-from rankleap.errors import CheckpointError
+from rankleap.checkpoints.remote import FIRST_BYTES, RemotePath, RemoteRun, open_remote_run
+from rankleap.checkpoints.run import step_in_name
+from rankleap.checkpoints.source import SafetensorsSource, TensorSource
+from rankleap.errors import CheckpointError, InputError
 
 
 class CountedFileSystem(MemoryFileSystem):
-    """Files in memory at ``counted://`` that remembers what it listed, as drivers do, and the length of every answer.
-
-    It fails, or cuts an answer short, when told to.
-    """
+    """Files in memory that remember what they listed, as drivers do, and every answer; they fail or fall short when told to."""
 
     protocol = "counted"
     cachable = False
@@ -35,7 +39,6 @@ class CountedFileSystem(MemoryFileSystem):
     listed: ClassVar[dict[str, list]] = {}
     answers: ClassVar[list[tuple[str, int]]] = []
     failures: ClassVar[list[tuple[str, OSError | int]]] = []
-    serves_ranges: ClassVar[list[bool]] = [True]
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
@@ -48,8 +51,7 @@ class CountedFileSystem(MemoryFileSystem):
         self.listed.clear()
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: object) -> bytes:
-        whole = self.store[path].getvalue()
-        found = whole[start:end] if self.serves_ranges[0] else whole
+        found = self.store[path].getvalue()[start:end]
         for failure in self.failures:
             if path.endswith(failure[0]):
                 self.failures.remove(failure)
@@ -62,20 +64,15 @@ class CountedFileSystem(MemoryFileSystem):
 
 
 fsspec.register_implementation("counted", CountedFileSystem)
+Files = type[CountedFileSystem]
 
 
 @pytest.fixture(autouse=True)
-def files() -> type[CountedFileSystem]:
+def files() -> Files:
     files = CountedFileSystem
     for state in (files.store, files.answers, files.failures, files.listed):
         state.clear()
-    files.serves_ranges[:] = [True]
     return files
-
-
-def step_of_name(name: str) -> int | None:
-    match = re.fullmatch(r"(?:checkpoint-|step_|.+-step-)(\d+)", name)
-    return int(match[1]) if match else None
 
 
 def upload(directory: Path, address: str) -> str:
@@ -87,12 +84,11 @@ def upload(directory: Path, address: str) -> str:
 
 
 def opened(address: str, **settings: tuple[str, ...]) -> RemoteRun:
-    return open_remote_run(address, step_of_name, **settings)
+    return open_remote_run(address, step_in_name, **settings)
 
 
-def source_of(path: Path) -> RemoteSafetensors:
-    upload(path.parent, "counted://files")
-    return RemoteSafetensors(fsspec_store("counted://files"), {path.name: []}, {path.name: path.stat().st_size})
+def source_of(path: Path) -> TensorSource:
+    return opened(upload(path.parent, "counted://run/step_1")).checkpoints[1].source
 
 
 @pytest.fixture
@@ -104,61 +100,51 @@ def large(tmp_path: Path) -> Path:
     return tmp_path / "model.safetensors"
 
 
-def test_a_remote_run_reads_as_the_same_run_on_disk(run_directory: Path) -> None:
-    here, there = open_run(run_directory), opened(upload(run_directory, "counted://bucket/run"))
-    assert (list(there.checkpoints), there.layout_key, there.skipped) == (here.steps, "hf", {})
-    for step, checkpoint in there.checkpoints.items():
-        local = here.checkpoints[step]
-        assert isinstance(checkpoint, FullCheckpoint) and isinstance(local, FullCheckpoint)
-        assert (checkpoint.shapes, checkpoint.dtypes) == (local.shapes, local.dtypes)
-        assert checkpoint.size_bytes() == local.size_bytes()
-        assert all(torch.equal(checkpoint.tensor(name), local.tensor(name)) for name in local.shapes)
-        assert str(checkpoint.directory) == f"counted://bucket/run/checkpoint-{step}"
-
-
-def test_a_run_that_grows_is_read_anew(run_directory: Path) -> None:
+def test_a_remote_run_reads_as_the_same_run_on_disk_also_when_it_has_grown(run_directory: Path) -> None:
+    here = open_run(run_directory)
     upload(run_directory / "checkpoint-10", "counted://run/checkpoint-10")
     assert list(opened("counted://run").checkpoints) == [10]
-    upload(run_directory / "checkpoint-20", "counted://run/checkpoint-20")
-    assert list(opened("counted://run").checkpoints) == [10, 20]
+    for address in (upload(run_directory, "counted://run"), f"file://{run_directory}"):
+        there = opened(address)
+        assert (list(there.checkpoints), there.layout_key, there.skipped) == (here.steps, "hf", {})
+        for step, checkpoint in there.checkpoints.items():
+            local = here.checkpoints[step]
+            assert isinstance(checkpoint, FullCheckpoint) and isinstance(local, FullCheckpoint)
+            assert (checkpoint.shapes, checkpoint.dtypes) == (local.shapes, local.dtypes)
+            assert checkpoint.size_bytes() == local.size_bytes()
+            assert all(torch.equal(checkpoint.tensor(name), local.tensor(name)) for name in local.shapes)
+            assert (
+                str(checkpoint.directory)
+                == str(RemotePath(address) / f"checkpoint-{step}")
+                == f"{address}/checkpoint-{step}"
+            )
+            assert not checkpoint.directory.exists()
 
 
-def test_opening_fetches_headers_and_a_tensor_only_its_own_bytes(large: Path, files: type[CountedFileSystem]) -> None:
+def test_opening_fetches_headers_and_a_tensor_only_its_own_bytes(large: Path, files: Files) -> None:
     for step in (1, 2, 3):
         upload(large.parent, f"counted://run/step_{step}")
     run = opened("counted://run")
     assert [length for _, length in files.answers] == [FIRST_BYTES] * 3
     files.answers.clear()
-    tensor = run.checkpoints[2].source.read("second")
-    assert files.answers == [("/run/step_2/model.safetensors", 512 * 256 * 4)]
-    assert torch.equal(tensor, load_file(large)["second"])
-
-
-def test_rows_cost_only_their_own_bytes(large: Path, files: type[CountedFileSystem]) -> None:
-    source = source_of(large)
-    files.answers.clear()
+    source = pickle.loads(pickle.dumps(run.checkpoints[2])).source
+    assert torch.equal(source.read("second"), load_file(large)["second"])
     assert torch.equal(source.read("third", slice(100, 107)), load_file(large)["third"][100:107])
-    assert [length for _, length in files.answers] == [7 * 256 * 4]
+    assert source.read("first", slice(9, 9)).shape == source.read("first", slice(600, 700)).shape == (0, 256)
+    place = "/run/step_2/model.safetensors"
+    assert files.answers == [(place, 512 * 256 * 4), (place, 7 * 256 * 4)]
 
 
-def test_no_bytes_cost_no_request(large: Path, files: type[CountedFileSystem]) -> None:
-    source = source_of(large)
-    files.answers.clear()
-    assert source.read("first", slice(9, 9)).shape == (0, 256)
-    assert source.read("first", slice(600, 700)).shape == (0, 256)
-    assert files.answers == []
+NAMES = "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int16 int8 uint8 bool"
 
 
-FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
-OTHERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
-
-
-@pytest.mark.parametrize("dtype", [*FLOATS, *OTHERS], ids=str)
-def test_every_dtype_and_shape_reads_as_from_the_disk(dtype: torch.dtype, tmp_path: Path) -> None:
-    shapes = [(), (0, 3), (5,), (4, 3), (3, 2, 5)]
-    tensors = {str(shape): (10 * torch.rand(shape)).to(dtype) for shape in shapes}
-    save_file(tensors, tmp_path / "all.safetensors", metadata={"format": "pt"})
-    remote, local = source_of(tmp_path / "all.safetensors"), SafetensorsSource({tmp_path / "all.safetensors": []})
+@pytest.mark.parametrize("dtype", NAMES.split())
+def test_every_dtype_and_shape_reads_as_from_the_disk(dtype: str, tmp_path: Path, files: Files) -> None:
+    shapes, path = [(), (0, 3), (5,), (4, 3), (3, 2, 5)], tmp_path / "model.safetensors"
+    tensors = {str(shape): (10 * torch.rand(shape)).to(vars(torch)[dtype]) for shape in shapes}
+    save_file(tensors, path, metadata={"longer than": "the first fetch" * FIRST_BYTES})
+    remote, local = source_of(path), SafetensorsSource({path: []})
+    assert [length for _, length in files.answers][:1] == [FIRST_BYTES] and len(files.answers) == 2
     assert (remote.shapes, remote.dtypes) == (local.shapes, local.dtypes)
     for name in tensors:
         for rows in (None, slice(1, 3), slice(2, None), slice(-2, None)) if local.shapes[name] else (None,):
@@ -167,92 +153,55 @@ def test_every_dtype_and_shape_reads_as_from_the_disk(dtype: torch.dtype, tmp_pa
             assert torch.equal(mine.float(), theirs.float())
 
 
-def test_a_dtype_that_torch_lacks_is_refused_when_it_is_read(files: type[CountedFileSystem]) -> None:
+def test_a_dtype_that_torch_lacks_is_refused_when_it_is_read() -> None:
     header = json.dumps({"weight": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}}).encode()
     CountedFileSystem().pipe_file("/run/step_1/model.safetensors", len(header).to_bytes(8, "little") + header + b"abcd")
     checkpoint = opened("counted://run").checkpoints[1]
-    with pytest.raises(CheckpointError, match=r"weight of counted://run/step_1/model\.safetensors is stored as F4"):
+    with pytest.raises(CheckpointError, match=r"weight of counted://run/step_1/model\.safetensors cannot .*'F4'"):
         checkpoint.source.read("weight")
 
 
-def test_a_header_longer_than_the_first_fetch_costs_one_more(tmp_path: Path, files: type[CountedFileSystem]) -> None:
-    save_file({f"layer.{number:04}": torch.full((2,), number) for number in range(2000)}, tmp_path / "many.safetensors")
-    source = source_of(tmp_path / "many.safetensors")
-    assert len(files.answers) == 2
-    assert len(source.shapes) == 2000
-    assert source.read("layer.1234").tolist() == [1234, 1234]
-
-
-@pytest.fixture
-def sharded(base_directory: Path, tmp_path: Path) -> Path:
-    directory = tmp_path / "sharded" / "step_5"
-    AutoModelForCausalLM.from_pretrained(base_directory).save_pretrained(directory, max_shard_size="40KB")
-    assert len(list(directory.glob("model-*.safetensors"))) > 2
-    return directory
-
-
-def test_shards_read_as_one_checkpoint(sharded: Path) -> None:
-    run, local = opened(upload(sharded.parent, "counted://run")), FullCheckpoint(sharded)
-    checkpoint = run.checkpoints[5]
-    assert isinstance(checkpoint, FullCheckpoint) and checkpoint.fingerprint() == local.fingerprint()
-    assert checkpoint.size_bytes() == local.size_bytes()
-
-
-def test_a_missing_shard_is_named_and_its_step_skipped(sharded: Path, run_directory: Path) -> None:
-    lost = sorted(sharded.glob("model-*.safetensors"))[1]
-    lost.unlink()
-    upload(sharded, "counted://run/step_5")
-    upload(run_directory / "checkpoint-10", "counted://run/checkpoint-10")
-    run = opened("counted://run")
-    assert list(run.checkpoints) == [10]
-    assert run.skipped["step_5"].startswith(f"counted://run/step_5/{lost.name} does not exist")
-
-
-def test_an_index_that_names_what_no_shard_holds_is_refused(sharded: Path) -> None:
-    index = sharded / "model.safetensors.index.json"
-    listed = json.loads(index.read_text())
-    listed["weight_map"]["model.phantom.weight"] = sorted(listed["weight_map"].values())[0]
+def test_shards_read_as_one_checkpoint_and_what_they_lack_is_named(base_directory: Path, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(base_directory).save_pretrained(tmp_path, max_shard_size="40KB")
+    checkpoint = opened(upload(tmp_path, "counted://run/step_5")).checkpoints[5]
+    assert isinstance(checkpoint, FullCheckpoint)
+    assert checkpoint.fingerprint() == FullCheckpoint(tmp_path).fingerprint()
+    shards = sorted(path.name for path in tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2 and checkpoint.size_bytes() == sum((tmp_path / shard).stat().st_size for shard in shards)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     for text, told in (
-        (json.dumps(listed), r"lacks model\.phantom\.weight"),
-        ('{"weight_map": {}}', r"index\.json lists no tensors"),
+        (
+            json.dumps({"weight_map": index | {"phantom": shards[0]}}),
+            r"index\.json lists phantom, which its files lack",
+        ),
+        (json.dumps({"weight_map": index | {"phantom": "lost"}}), r"counted://run/step_5/lost does not exist"),
+        ('{"weight_map": {}}', r"step_5/model\.safetensors does not exist; found: .*index\.json"),
         ('{"weight_map": {"mod', r"index\.json is no valid JSON"),
     ):
-        index.write_text(text)
+        CountedFileSystem().pipe_file("/run/step_5/model.safetensors.index.json", text.encode())
         with pytest.raises(CheckpointError, match=told):
-            opened(upload(sharded.parent, "counted://run"))
+            opened("counted://run")
 
 
 @pytest.mark.parametrize("keep", [0, 5, 8, 100, 4000, -100, -1])
 def test_a_truncated_file_is_named_and_its_step_skipped(keep: int, run_directory: Path) -> None:
-    address = upload(run_directory, "counted://run")
-    path = "/run/checkpoint-30/model.safetensors"
+    address, path = upload(run_directory, "counted://run"), "/run/checkpoint-30/model.safetensors"
     CountedFileSystem().pipe_file(path, CountedFileSystem.store[path].getvalue()[: keep or None if keep else 0])
     run = opened(address)
-    assert list(run.checkpoints) == [10, 20, 40]
-    assert list(run.skipped) == ["checkpoint-30"]
-    assert re.match(
-        r"counted://run/checkpoint-30/model\.safetensors is truncated or damaged", run.skipped["checkpoint-30"]
-    )
+    assert (list(run.checkpoints), list(run.skipped)) == ([10, 20, 40], ["checkpoint-30"])
+    assert run.skipped["checkpoint-30"].startswith(f"counted:/{path} is truncated or damaged")
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [(b'"dtype"', b'"dtipe"'), (b'"shape":[', b'"shape":{'), (b'"F32"', b'"F64"'), (b'"shape":[', b'"shape":[9,')],
-)
-def test_a_damaged_header_is_told(old: bytes, new: bytes, large: Path) -> None:
+@pytest.mark.parametrize("change", ['"dtype" "dtipe"', '"shape":[ "shape":{', '"F32" "F64"', '"shape":[ "shape":[9,'])
+def test_a_damaged_header_is_told_at_the_latest_by_its_tensor(change: str, large: Path) -> None:
+    old, new = change.encode().split()
     whole = large.read_bytes()
     length = int.from_bytes(whole[:8], "little")
-    header = whole[8 : 8 + length].replace(old, new, 1)
+    header = whole[8 : 8 + length].replace(old, new)
     large.write_bytes(len(header).to_bytes(8, "little") + header + whole[8 + length :])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated or damaged"):
-        source_of(large)
-
-
-def test_an_impossible_header_length_fetches_nothing_more(files: type[CountedFileSystem]) -> None:
-    CountedFileSystem().pipe_file("/run/step_1/model.safetensors", b"\xff" * 200_000)
-    with pytest.raises(CheckpointError, match="its header does not fit"):
-        opened("counted://run")
-    assert [length for _, length in files.answers] == [FIRST_BYTES]
+    for rows in (None, slice(3, 5)):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors (is truncated or damaged|cannot be read as)"):
+            source_of(large).read("first", rows)
 
 
 def test_an_adapter_gives_the_deltas_of_the_same_one_on_disk(
@@ -266,83 +215,51 @@ def test_an_adapter_gives_the_deltas_of_the_same_one_on_disk(
     assert (list(there.checkpoints), there.layout_key) == (here.steps, "peft")
     mine, theirs = there.checkpoints[20], here.checkpoints[20]
     assert isinstance(mine, AdapterCheckpoint) and isinstance(theirs, AdapterCheckpoint)
-    assert mine.base == str(base_directory)
-    assert mine.shapes == theirs.shapes
+    assert (mine.base, mine.shapes) == (str(base_directory), theirs.shapes)
     for name in theirs.shapes:
         assert torch.equal(dense(mine.delta(name, base)), dense(theirs.delta(name, base)))
 
 
-def test_an_adapter_without_its_weights_is_no_checkpoint(lora_run: Path, files: type[CountedFileSystem]) -> None:
-    address = upload(lora_run, "counted://run")
-    files.store["/run/checkpoint-10/adapter_model.bin"] = files.store.pop(
-        "/run/checkpoint-10/adapter_model.safetensors"
-    )
+def test_pickled_weights_are_not_fetched(lora_run: Path, files: Files) -> None:
+    address, files_ = upload(lora_run, "counted://run"), files.store
+    files_["/run/checkpoint-10/adapter_model.bin"] = files_.pop("/run/checkpoint-10/adapter_model.safetensors")
+    CountedFileSystem().pipe_file("/run/checkpoint-50/pytorch_model.bin", b"pickle" * 1000)
     run = opened(address)
     assert list(run.checkpoints) == [20, 30, 40]
-    assert re.search(r"needs adapter_model.safetensors; found: .*adapter_model.bin", run.skipped["checkpoint-10"])
+    for name, needed, there in (("checkpoint-10", "adapter_", "adapter_"), ("checkpoint-50", "", "pytorch_")):
+        told = rf"{name}/{needed}model.safetensors does not exist; found: .*{there}model.bin; .* copy that step here"
+        assert re.search(told, run.skipped[name])
+    assert not any(path.endswith(".bin") for path, _ in files.answers)
 
 
-def test_the_folders_that_trainers_put_steps_in_are_looked_into(run_directory: Path) -> None:
+def test_steps_are_looked_for_where_trainers_put_them(run_directory: Path, lora_run: Path) -> None:
     address = upload(run_directory, "counted://run/checkpoints")
-    upload(run_directory / "checkpoint-40", "counted://run/exported")
+    last = run_directory / "checkpoint-40"
+    for exported in ("run/exported", "verl/step_40/actor/huggingface", "draft/step_40", "somebody/below/it/step_40"):
+        upload(last, f"counted://{exported}")
+    upload(lora_run / "checkpoint-40", "counted://draft/step_40/draft")
     assert list(opened(address).checkpoints) == [10, 20, 30, 40]
     assert list(opened("counted://run/", parents=("checkpoints", ".")).checkpoints) == [10, 20, 30, 40]
+    assert list(opened("counted://run/checkpoints/checkpoint-20").checkpoints) == [20]
+    assert list(opened("counted://run/exported").checkpoints) == [0]
+    assert str(opened("counted://verl").checkpoints[40].directory) == "counted://verl/step_40/actor/huggingface"
+    assert str(opened("counted://draft").checkpoints[40].directory) == "counted://draft/step_40"
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint in counted://somebody; .*\n.*found: nothing"):
+        opened("counted://somebody")
 
 
-def test_an_address_may_be_one_checkpoint(run_directory: Path) -> None:
-    upload(run_directory / "checkpoint-40", "counted://run/checkpoint-40")
-    upload(run_directory / "checkpoint-40", "counted://run/final")
-    assert list(opened("counted://run/checkpoint-40").checkpoints) == [40]
-    assert list(opened("counted://run/final").checkpoints) == [0]
-
-
-def test_what_lies_somewhere_below_an_address_is_not_taken_for_its_checkpoint(run_directory: Path) -> None:
-    upload(run_directory, "counted://bucket/somebody/run")
-    with pytest.raises(CheckpointError, match=r"no complete checkpoint in counted://bucket; .*\n.*found: nothing"):
-        opened("counted://bucket")
-
-
-def test_weights_in_a_folder_of_the_step_are_found(run_directory: Path) -> None:
-    upload(run_directory / "checkpoint-40", "counted://run/step_40/actor/huggingface")
-    assert str(opened("counted://run").checkpoints[40].directory) == "counted://run/step_40/actor/huggingface"
-
-
-def test_an_adapter_below_full_weights_is_not_taken_for_them(run_directory: Path, lora_run: Path) -> None:
-    upload(run_directory / "checkpoint-40", "counted://run/step_40")
-    upload(lora_run / "checkpoint-40", "counted://run/step_40/draft")
-    assert str(opened("counted://run").checkpoints[40].directory) == "counted://run/step_40"
-
-
-def test_two_kinds_in_one_place_are_refused(run_directory: Path, lora_run: Path) -> None:
-    upload(run_directory / "checkpoint-10", "counted://run/checkpoint-10")
-    upload(lora_run / "checkpoint-20", "counted://run/checkpoint-20")
-    with pytest.raises(CheckpointError, match="counted://run mixes hf and peft"):
-        opened("counted://run")
-
-
-def test_a_step_that_is_there_twice_is_taken_once_and_told(run_directory: Path) -> None:
+def test_a_step_is_taken_once_and_two_kinds_are_refused(run_directory: Path, lora_run: Path) -> None:
     for name in ("step_10", "checkpoint-10"):
         upload(run_directory / "checkpoint-10", f"counted://run/{name}")
     run = opened("counted://run")
     assert str(run.checkpoints[10].directory) == "counted://run/checkpoint-10"
     assert run.skipped == {"step_10": "step 10 is here twice, counted://run/checkpoint-10 was taken"}
-
-
-def test_pickled_weights_are_not_fetched(files: type[CountedFileSystem]) -> None:
-    CountedFileSystem().pipe_file("/run/step_1/pytorch_model.bin", b"pickle" * 1000)
-    with pytest.raises(
-        CheckpointError, match=r"(?s)no complete checkpoint.*found: step_1/pytorch_model.bin .*copy this step"
-    ):
+    upload(lora_run / "checkpoint-20", "counted://run/checkpoint-20")
+    with pytest.raises(CheckpointError, match="counted://run mixes hf and peft"):
         opened("counted://run")
-    assert files.answers == []
 
 
-def test_nothing_there_is_told() -> None:
-    with pytest.raises(CheckpointError, match=r"counted://nowhere could not be read \(FileNotFoundError"):
-        opened("counted://nowhere")
-
-
-def test_a_connection_that_fails_once_is_tried_again(large: Path, files: type[CountedFileSystem]) -> None:
+def test_a_connection_that_fails_once_is_tried_again(large: Path, files: Files) -> None:
     upload(large.parent, "counted://run/step_1")
     files.failures.append(("model.safetensors", ConnectionResetError("reset by peer")))
     run = opened("counted://run")
@@ -350,50 +267,130 @@ def test_a_connection_that_fails_once_is_tried_again(large: Path, files: type[Co
     files.failures.append(("model.safetensors", 1000))
     assert torch.equal(run.checkpoints[1].source.read("first"), load_file(large)["first"])
     assert files.failures == []
+    files.failures.append(("model.safetensors", PermissionError("forbidden")))
+    with pytest.raises(CheckpointError, match=r"counted://run/step_1/model.safetensors could not be read \(Permission"):
+        run.checkpoints[1].source.read("first")
 
 
-def test_a_place_that_stays_unreachable_fails_and_skips_nothing(
-    run_directory: Path, files: type[CountedFileSystem]
-) -> None:
+def test_a_step_that_is_gone_is_skipped_and_one_without_answer_is_not(run_directory: Path, files: Files) -> None:
     address = upload(run_directory, "counted://run")
-    files.failures += [("checkpoint-30/model.safetensors", ConnectionResetError("reset by peer"))] * 3
-    with pytest.raises(
-        CheckpointError, match=r"counted://run could not be read \(ConnectionResetError: reset by peer\)"
-    ):
+    for error in (FileNotFoundError("no"), PermissionError("no")):
+        files.failures.append(("30/model.safetensors", error))
+        run = opened(address)
+        assert (list(run.checkpoints), files.failures) == ([10, 20, 40], [])
+        told = f"counted://run/checkpoint-30 could not be read ({type(error).__name__}: no)"
+        assert run.skipped["checkpoint-30"].startswith(told)
+    files.failures += [("30/model.safetensors", ConnectionResetError("reset"))] * 3
+    with pytest.raises(CheckpointError, match=r"checkpoint-30 could not be read \(ConnectionResetError: reset\)"):
         opened(address)
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError("gone"), PermissionError("forbidden")])
-def test_a_step_that_is_deleted_or_forbidden_is_skipped_at_once(
-    error: OSError, run_directory: Path, files: type[CountedFileSystem]
-) -> None:
-    address = upload(run_directory, "counted://run")
-    files.failures.append(("checkpoint-30/model.safetensors", error))
-    run = opened(address)
-    assert list(run.checkpoints) == [10, 20, 40]
-    assert run.skipped == {"checkpoint-30": f"counted://run/checkpoint-30: {type(error).__name__}: {error}"}
-
-
-def test_a_tensor_that_cannot_be_read_is_told(large: Path, files: type[CountedFileSystem]) -> None:
-    source = source_of(large)
-    files.failures.append(("model.safetensors", PermissionError("forbidden")))
-    with pytest.raises(CheckpointError, match=r"counted://files/model.safetensors could not be read \(PermissionError"):
-        source.read("first")
-
-
-def test_a_server_without_ranges_is_told(large: Path, files: type[CountedFileSystem]) -> None:
-    source = source_of(large)
-    files.serves_ranges[:] = [False]
-    files.answers.clear()
-    with pytest.raises(
-        CheckpointError, match=r"524,288 bytes were asked for, its server sent 1,573,\d+; .* copy the run"
+def test_what_is_no_address_and_what_does_not_answer_is_told() -> None:
+    fsspec.register_implementation("absent", "absentfs.core.AbsentFileSystem", errtxt="Install absentfs")
+    for address, told in (
+        ("memory:///", r"is no address \(it names no place\); needed hf://ORG/REPO"),
+        ("hf://single", r"is no address \(.*single.*\); needed hf://ORG/REPO"),
+        ("memori://run", r"is no address \(.*memori.*; needed hf://ORG/REPO"),
+        ("absent://run", r"needs a driver that is not installed \(.*Install absentfs.*\); run: pip install absentfs"),
+        ("counted://nowhere", r"could not be read \(FileNotFoundError: .*check it, your credentials"),
+        ("hf://org/run", r"could not be read \(OfflineModeIsEnabled"),
     ):
-        source.read("first")
-    assert len(files.answers) == 1
+        with pytest.raises(InputError, match=told):
+            opened(address)
 
 
-def test_a_remote_checkpoint_can_be_sent_to_another_process(large: Path) -> None:
-    upload(large.parent, "counted://run/step_1")
-    checkpoint = pickle.loads(pickle.dumps(opened("counted://run").checkpoints[1]))
-    assert torch.equal(checkpoint.tensor("second"), load_file(large)["second"])
-    assert str(checkpoint.directory) == "counted://run/step_1"
+class Hub(BaseHTTPRequestHandler):
+    """A Hub of one repository: branches by name, folders by commit; the answers that it gives first, and what it has sent."""
+
+    branches: dict[str, str] = {}
+    commits: dict[str, Path] = {}
+    busy: dict[str, list[int]] = {}
+    lengths: ClassVar[Counter[int]] = Counter()
+
+    def do_GET(self) -> None:
+        status, body = self.answer(unquote(urlsplit(self.path).path).removeprefix("/api/models/").removeprefix("/"))
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Error-Code", body.decode() if status == 404 else "")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def answer(self, path: str) -> tuple[int, bytes]:
+        kind, _, rest = path.removeprefix("org/run").strip("/").partition("/")
+        commit, _, name = rest.partition("/")
+        if self.busy.get(path):
+            return self.busy[path].pop(), b"busy"
+        if not path.startswith("org/run"):
+            return 404, b"RepoNotFound"
+        if kind == "refs":
+            refs = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": c} for n, c in self.branches.items()]
+            return 200, json.dumps({"branches": refs, "tags": refs[-1:], "converts": []}).encode()
+        if kind == "tree":
+            return 200, json.dumps(self.tree(self.commits[commit], name)).encode()
+        if kind == "resolve":
+            first, last = (int(number) for number in self.headers["Range"].removeprefix("bytes=").split("-"))
+            body = (self.commits[commit] / name).read_bytes()[first : last + 1]
+            self.lengths[len(body)] += 1
+            return 206, body
+        known = (rest or "main") in {*self.branches, *self.commits}
+        return (200, b'{"id": "org/run"}') if known else (404, b"RevisionNotFound")
+
+    def tree(self, top: Path, folder: str) -> list[dict[str, Any]]:
+        paths = (top / folder).rglob("*") if "recursive=true" in self.path.lower() else (top / folder).iterdir()
+        entries = [{"path": str(path.relative_to(top)), "oid": "0" * 40, "size": path.stat().st_size} for path in paths]
+        return [entry | {"type": "file" if (top / entry["path"]).is_file() else "directory"} for entry in entries]
+
+
+READ_ALL = """
+import sys, time
+from safetensors.torch import save_file
+from rankleap.checkpoints.remote import open_remote_run
+from rankleap.checkpoints.run import step_in_name
+from rankleap.errors import InputError
+
+time.sleep = lambda seconds: None
+for number, address in enumerate(sys.argv[2:]):
+    try:
+        run = open_remote_run(address, step_in_name)
+    except InputError as error:
+        print(error)
+        continue
+    print(run.checkpoints.keys(), run.skipped)
+    tensors = {f"{step}|{name}": one.source.read(name) for step, one in run.checkpoints.items() for name in one.source.shapes}
+    save_file(tensors, f"{sys.argv[1]}/{number}.safetensors")
+"""
+
+
+def test_a_hub_repository_is_read_by_revisions_and_by_folders_of_one(run_directory: Path, tmp_path: Path) -> None:
+    uploads = {f"{step:040}": run_directory / f"checkpoint-{step}" for step in (10, 20, 30, 40)}
+    Hub.commits = {"a" * 40: run_directory, "b" * 40: tmp_path, **uploads}
+    Hub.branches = {"main": "a" * 40, "step_50": "b" * 40, **{f"step_{int(commit)}": commit for commit in uploads}}
+    Hub.busy = {f"org/run/resolve/{20:040}/model.safetensors": [503], f"org/run/revision/{30:040}": [429] * 5}
+    places = ["run", f"run@{'a' * 40}", "run@main/checkpoint-20", "run@step_30", "absent", "run@absent"]
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        # A process of its own: huggingface_hub reads its settings as it is imported.
+        own = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+        command = [sys.executable, "-c", READ_ALL, str(tmp_path), *(f"hf://org/{place}" for place in places)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | own, timeout=60)
+        server.shutdown()
+    assert (done.returncode, any(Hub.busy.values())) == (0, False), done.stderr
+    lines = done.stdout.splitlines()
+    told = r"dict_keys\(\[10, 20, 30, 40\]\) \{'step_50': 'hf://org/run@step_50/model.safetensors does not exist; .*"
+    assert re.fullmatch(told, lines[0])
+    assert lines[1:4] == ["dict_keys([10, 20, 30, 40]) {}", "dict_keys([20]) {}", "dict_keys([30]) {}"]
+    for line, place, what in zip(lines[4:], places[4:], ["repository", "revision"], strict=True):
+        assert re.match(rf"hf://org/{place} could not be read \(FileNotFoundError: .*{what} not found", line)
+    asked: Counter[int] = Counter()
+    for number, steps in enumerate([[10, 20, 30, 40], [10, 20, 30, 40], [20], [30]]):
+        found = load_file(tmp_path / f"{number}.safetensors")
+        for step in steps:
+            path = run_directory / f"checkpoint-{step}" / "model.safetensors"
+            asked[min(path.stat().st_size, FIRST_BYTES)] += 1
+            for name, tensor in load_file(path).items():
+                assert torch.equal(found.pop(f"{step}|{name}"), tensor)
+                asked[tensor.nbytes] += 1
+            # The beginnings of the head and of the embedding are compared, once, to tell whether they are tied.
+            asked[load_file(path)["lm_head.weight"][:16].nbytes] += 2
+        assert not found
+    assert Hub.lengths == asked

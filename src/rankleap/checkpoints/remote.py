@@ -4,35 +4,38 @@ Of ``hf://ORG/REPO`` each branch or tag whose name carries a step is a checkpoin
 ``step_500``); without such it is read as step folders, as ``hf://ORG/REPO@REVISION/FOLDER``, ``s3://bucket/run`` and every
 other address are.
 
-Opening lists the files of each step and fetches the headers of its weights, ``AT_ONCE`` steps at a time, so that a truncated
-file shows then and not halfway through the work; the weights stay where they are. A tensor, or some of its rows, is one request
-for exactly its bytes, each time that it is read. Only safetensors can be read so; a pickle would have to be fetched as a whole.
-
-A safetensors file is eight bytes with the length of its header (little endian), the header (JSON: name → dtype, shape and the
-offsets of its bytes after the header), and the tensors without gaps.
+Opening lists the files of each step and fetches the headers of its weights, so that a truncated file shows then and not halfway
+through the work. A tensor, or some of its rows, is one request for exactly its bytes, each time that it is read (5 MB more from
+drivers that know no ranges, such as SFTP's). Only safetensors can be read so: eight bytes with the length of the header (little
+endian), the header (JSON: name → dtype, shape and the offsets of its bytes after the header), and the tensors without gaps.
 """
 
 import json
 import logging
-import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PosixPath
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+from fsspec.registry import known_implementations
+from huggingface_hub import HfApi, HfFileSystem
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 
 from rankleap.checkpoints import adapter, full
 from rankleap.checkpoints.adapter import AdapterCheckpoint
 from rankleap.checkpoints.full import FullCheckpoint
 from rankleap.checkpoints.layouts import Checkpoint
-from rankleap.checkpoints.source import DTYPES, TensorSource
-from rankleap.checkpoints.stores import ABSENT, HUB, Store, cause_of, explained, fsspec_store, hub_stores
+from rankleap.checkpoints.source import TensorSource
 from rankleap.errors import CheckpointError, InputError
 
+Answer = TypeVar("Answer")
 StepOfName = Callable[[str], int | None]
 """The step that the name of a folder or revision carries, if it does."""
 
@@ -40,28 +43,24 @@ AT_ONCE = 8
 """Steps that are opened at the same time: opening waits for answers, not for bytes."""
 FIRST_BYTES = 1 << 16
 """Fetched of a weight file at once: most headers are shorter, and then their length costs no request of its own."""
-LONGEST_HEADER_BYTES = 100_000_000
-"""The format's own limit: a damaged length must not make us fetch gigabytes."""
-_TORCH = DTYPES | {
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
+WAITS_S, LIMIT_WAITS_S = (0.5, 2.0), (30.0,) * 10
+"""Pauses between tries; and when there were too many requests, which the Hub counts over five minutes."""
+_ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+# What drivers raise that is no OSError. None of them need be installed, so each is looked up once its module is loaded.
+_DRIVER_ERRORS = {"aiohttp": "ClientError", "azure.core.exceptions": "AzureError", "gcsfs.retry": "HttpError"}
+_DRIVER_ERRORS |= {"botocore.exceptions": "BotoCoreError", "google.auth.exceptions": "GoogleAuthError"}
+_DRIVER_ERRORS |= {"httpx": "HTTPError", "httpx2": "HTTPError"}
 
 log = logging.getLogger(__name__)
 
 
+class _UnreachableError(CheckpointError):
+    """There is no answer, which says nothing of the checkpoint itself."""
+
+
 @dataclass(frozen=True, slots=True)
 class RemoteRun:
-    """The complete checkpoints of a remote run in the order of their steps, and what was skipped and why.
-
-    ``layout_key`` is the key of their row in ``LAYOUTS``.
-    """
+    """The complete checkpoints of a remote run by step, their row in ``LAYOUTS``, and what was skipped and why."""
 
     location: str
     checkpoints: dict[int, Checkpoint]
@@ -79,215 +78,223 @@ class RemotePath(PosixPath):
 
 
 @dataclass(frozen=True, slots=True)
-class _Span:
-    """Where the bytes of a tensor are."""
+class _Place:
+    """A folder where a step may be: its address, and its name for its driver, of a Hub revision by the commit of now."""
 
-    file: str
-    start: int
-    stop: int
+    address: str
+    fs: AbstractFileSystem
+    root: str
+    step: int | None = None
+
+    def at(self, path: str) -> str:
+        """The address of a file or folder below, for messages."""
+        return self.address + path.removeprefix(self.root)
+
+    def folders(self) -> dict[str, "_Place"]:
+        """The folders in it by their names; a plain web server must list its links for this."""
+        listed = self.fs.ls(self.root, detail=True)
+        paths = {entry["name"].rstrip("/") for entry in listed if entry["type"] == "directory"}
+        # An object store may hold an empty object that stands for the folder itself.
+        return {path.rpartition("/")[2]: _Place(self.at(path), self.fs, path) for path in paths - {self.root}}
+
+    def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
+        """One request for the bytes of a file from ``start`` up to ``stop``; for the whole of it without ``stop``."""
+        # The Hub's driver would read 5 MB ahead; others, given a start alone, first ask for the size.
+        limits: dict[str, Any] = {"cache_type": "none"} if isinstance(self.fs, HfFileSystem) else {}
+        limits |= {} if stop is None else {"start": start, "end": stop}
+        found: Any = self.fs.cat_file(path, **limits)
+        if stop is not None and len(found) != stop - start:
+            told = f"{stop - start:,} bytes were asked for, {len(found):,} came"
+            raise ConnectionError(f"{told}; copy the run here if its server serves no parts of files")
+        return found
+
+    def json(self, path: str) -> dict[str, Any]:
+        """The content of a JSON file; raises ``CheckpointError``."""
+        try:
+            return json.loads(self.read(path))
+        except ValueError as error:
+            raise CheckpointError(f"{self.at(path)} is no valid JSON ({error}); copy it again") from None
 
 
 class RemoteSafetensors(TensorSource):
-    """Tensors of one or more safetensors files in a store."""
+    """Tensors of one or more safetensors files of a place."""
 
     is_local = False
 
-    def __init__(self, store: Store, files: Mapping[str, Sequence[str]], sizes: Mapping[str, int]) -> None:
-        """Fetch the headers of files and check the names that an index lists for each; raises ``CheckpointError``."""
+    def __init__(self, place: _Place, paths: Iterable[str], files: Mapping[str, Any]) -> None:
+        """Fetch the headers; ``files`` is what the driver says of each file there. Raises ``CheckpointError``."""
         self.shapes, self.dtypes = {}, {}
-        self._store = store
-        self._spans: dict[str, _Span] = {}
-        self._size_bytes = sum(sizes.get(file, 0) for file in files)
-        for file, listed in files.items():
-            if file not in sizes:
-                raise CheckpointError(f"{store.at(file)} does not exist; the checkpoint is incomplete")
-            for name, dtype, shape, span in _tensors(store, file, sizes[file]):
-                self.shapes[name], self.dtypes[name], self._spans[name] = shape, dtype, span
-            if lost := [name for name in listed if name not in self.shapes]:
-                raise CheckpointError(
-                    f"{store.at(file)} lacks {', '.join(lost[:8])}, which the index says it holds; copy it again"
+        self._place = place
+        self._spans: dict[str, tuple[str, int, int]] = {}
+        self._size_bytes = 0
+        for path in paths:
+            if path not in files:
+                there = ", ".join(sorted(place.at(file) for file in files)[:8]) or "nothing"
+                why = (
+                    f"does not exist; found: {there}; if it is pickled (.pt, .bin, .distcp), copy that step here first"
                 )
+                raise CheckpointError(f"{place.at(path)} {why}")
+            # A web server's list has no sizes.
+            size = files[path].get("size") or place.fs.size(path) or 0
+            self._size_bytes += size
+            self._add(path, size)
+
+    def _add(self, path: str, size: int) -> None:
+        place, first_bytes = self._place, min(size, FIRST_BYTES)
+        first = place.read(path, 0, first_bytes) if size else b""
+        begin = end = 8 + int.from_bytes(first[:8], "little")
+        try:
+            # A length beyond the file leaves no JSON.
+            text = first[8:begin] + (place.read(path, first_bytes, begin) if first_bytes < begin <= size else b"")
+            for name, entry in json.loads(text).items():
+                if name != "__metadata__":
+                    self.dtypes[name], self.shapes[name] = entry["dtype"], tuple(entry["shape"])
+                    start, stop = (begin + offset for offset in entry["data_offsets"])
+                    self._spans[name], end = (path, start, stop), max(end, stop)
+            if end != size:
+                raise ValueError(f"it has {size:,} bytes, its header promises {end:,}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{place.at(path)} is truncated or damaged ({error!r}); copy it again or leave this step out"
+            ) from None
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """One request for the bytes of the tensor or of these rows; raises ``CheckpointError`` when there is no answer."""
-        shape, dtype, span = self.shapes[name], _TORCH.get(self.dtypes[name]), self._spans[name]
-        place = self._store.at(span.file)
-        if dtype is None:
-            raise CheckpointError(
-                f"{name} of {place} is stored as {self.dtypes[name]}, needed one of {', '.join(DTYPES)}; "
-                "dequantise the checkpoint first"
-            )
-        start, stop = span.start, span.stop
+        (path, start, stop), shape, place = self._spans[name], self.shapes[name], self._place
         if rows is not None:
             first, last, _ = rows.indices(shape[0])
+            row_bytes = (stop - start) // max(shape[0], 1)
             shape = (max(last - first, 0), *shape[1:])
-            start += first * math.prod(shape[1:]) * dtype.itemsize
-            stop = start + math.prod(shape) * dtype.itemsize
-        if start == stop:
-            return torch.empty(shape, dtype=dtype)
-        with explained(place):
-            found = self._store.read(span.file, start, stop)
-        # A tensor may be written to, bytes may not.
-        return torch.frombuffer(bytearray(found), dtype=dtype).reshape(shape)
+            start, stop = start + first * row_bytes, start + (first + shape[0]) * row_bytes
+        found = _answered(place.at(path), lambda: place.read(path, start, stop)) if start < stop else b""
+        # As a file of this one tensor the library reads it, whatever its dtype.
+        entry = {"dtype": self.dtypes[name], "shape": shape, "data_offsets": [0, len(found)]}
+        header = json.dumps({name: entry}).encode()
+        try:
+            return load(len(header).to_bytes(8, "little") + header + found)[name]
+        except (SafetensorError, KeyError) as error:
+            raise CheckpointError(
+                f"{name} of {place.at(path)} cannot be read as {entry} ({error!r}); dequantise it, or copy it again"
+            ) from None
 
     def size_bytes(self) -> int:
         """Bytes of the weight files."""
         return self._size_bytes
 
 
-def _tensors(store: Store, file: str, size: int) -> Iterator[tuple[str, str, tuple[int, ...], _Span]]:
-    """Name, dtype, shape and bytes of every tensor of a file, from its header; raises ``CheckpointError``."""
-    first = store.read(file, 0, min(size, FIRST_BYTES)) if size else b""
-    begin = 8 + int.from_bytes(first[:8], "little")
-    if size < 8 or begin > min(size, LONGEST_HEADER_BYTES):
-        raise _damaged(store.at(file), f"its header does not fit into its {size:,} bytes")
-    text = first[8:begin] + (store.read(file, len(first), begin) if begin > len(first) else b"")
-    end = begin
-    try:
-        for name, entry in json.loads(text).items():
-            if name == "__metadata__":
-                continue
-            dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            if dtype in _TORCH and stop - start != math.prod(shape) * _TORCH[dtype].itemsize:
-                raise ValueError(f"{name} has {stop - start:,} bytes for {dtype} {shape}")
-            end = max(end, begin + stop)
-            yield name, dtype, shape, _Span(file, begin + start, begin + stop)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(store.at(file), f"its header cannot be read, {error!r}") from None
-    if end != size:
-        raise _damaged(store.at(file), f"it has {size:,} bytes, its header promises {end:,}")
-
-
-def _damaged(place: str, why: str) -> CheckpointError:
-    return CheckpointError(f"{place} is truncated or damaged ({why}); copy it again or leave this step out")
-
-
 def open_remote_run(location: str, step_of_name: StepOfName, parents: Sequence[str] = (".",)) -> RemoteRun:
     """Open every complete checkpoint at an address; ``step_of_name`` gives the step that a folder or revision names, if it does.
 
     Step folders are looked for in each of ``parents``, and the first that holds some wins; without any, the address is itself
-    one checkpoint. Incomplete steps are skipped and told. Raises ``CheckpointError`` when no step is complete, when two kinds
-    are mixed, and when the place cannot be reached (no step is skipped for that); ``InputError`` for an address that is none
-    or whose driver is not installed.
+    one checkpoint. Incomplete steps are skipped and told. Raises ``CheckpointError`` when no step is complete, two kinds are
+    mixed or there is no answer (no step is skipped for that); ``InputError`` for no address, or a driver that is not installed.
     """
-    if not location.partition("://")[2].strip("/"):
-        raise InputError(f"{location} names no place; needed an address such as s3://BUCKET/RUN or hf://ORG/REPO")
-    with explained(location):
-        places = _places(location.rstrip("/"), step_of_name, parents)
-        log.info("opening %d steps of %s", len(places), location)
-        pool = ThreadPoolExecutor(AT_ONCE)
-        try:
-            opened = list(pool.map(_opened, places))
-        finally:
-            # After a failure the steps that wait would only fail one after the other.
-            pool.shutdown(cancel_futures=True)
+    places = _answered(location, lambda: _places(location.rstrip("/"), step_of_name, parents))
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        opened = list(pool.map(_opened, places))
     found: dict[int, Checkpoint] = {}
     skipped: dict[str, str] = {}
     for place, checkpoint in zip(places, opened, strict=True):
+        name, step = RemotePath(place.address).name.rpartition("@")[2], place.step or 0
         if isinstance(checkpoint, str):
-            skipped[place.name] = checkpoint
-        elif place.step in found:
-            skipped[place.name] = f"step {place.step} is here twice, {found[place.step].directory} was taken"
+            skipped[name] = checkpoint
+        elif step in found:
+            skipped[name] = f"step {step} is here twice, {found[step].directory} was taken"
         else:
-            found[place.step] = checkpoint
-    return RemoteRun(location, found, skipped, _only_kind(location, found, skipped))
-
-
-def _only_kind(location: str, found: Mapping[int, Checkpoint], skipped: Mapping[str, str]) -> str:
+            found[step] = checkpoint
     kinds = sorted({"peft" if isinstance(checkpoint, AdapterCheckpoint) else "hf" for checkpoint in found.values()})
     if len(kinds) > 1:
         raise CheckpointError(f"{location} mixes {' and '.join(kinds)} checkpoints; keep one kind in one place")
     if not kinds:
         reasons = "".join(f"\n  {name}: {why}" for name, why in skipped.items())
-        raise CheckpointError(
-            f"no complete checkpoint in {location}; needed folders, or revisions of a Hub repository, such as step_20{reasons}"
-        )
-    return kinds[0]
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a step may be."""
-
-    name: str
-    step: int
-    store: Store
-    folder: str
-    deep: bool
-    """Whether its weights may lie in a folder below."""
+        raise CheckpointError(f"no complete checkpoint in {location}; needed folders or tags such as step_20{reasons}")
+    return RemoteRun(location, found, skipped, kinds[0])
 
 
 def _places(location: str, step_of_name: StepOfName, parents: Sequence[str]) -> list[_Place]:
     """Every revision or folder whose name carries a step, by step and then by name; else the location itself."""
+    top, revisions = _top(location)
+    inside = {".": top, **top.folders()}
+    for named in (revisions, *(inside[parent].folders() for parent in parents if parent in inside)):
+        if found := sorted((step, name) for name in named if (step := step_of_name(name)) is not None):
+            return [replace(named[name], step=step) for step, name in found]
+    return [replace(top, step=step_of_name(RemotePath(location).name.rpartition("@")[2]))]
 
-    def named(places: Iterable[tuple[str, Store, str]]) -> list[_Place]:
-        steps = ((name, step_of_name(name), store, folder) for name, store, folder in places)
-        found = [_Place(name, step, store, folder, True) for name, step, store, folder in steps if step is not None]
-        return sorted(found, key=lambda place: (place.step, place.name))
 
-    store, revisions = hub_stores(location) if location.startswith(HUB) else (fsspec_store(location), [])
-    if places := named((one.address.rpartition("@")[2], one, "") for one in revisions):
-        return places
-    top = store.folders()
-    for parent in parents:
-        folders = top if parent == "." else store.folders(parent) if parent in top else []
-        if places := named((name, store, name if parent == "." else f"{parent}/{name}") for name in folders):
-            return places
-    name = re.split("[/@]", location)[-1]
-    step = step_of_name(name)
-    # Below a place that names no step could be anything, other runs too.
-    return [_Place(name, step or 0, store, "", step is not None)]
+def _top(location: str) -> tuple[_Place, dict[str, _Place]]:
+    """The place at an address, and the branches and tags of a Hub repository; raises ``InputError`` for what is no address."""
+    protocol, _, rest = location.partition("://")
+    try:
+        if not rest:
+            raise ValueError("it names no place")
+        fs, root = url_to_fs(location)
+        # Drivers live on and remember what they have listed; a run grows meanwhile.
+        fs.invalidate_cache()
+        hub: Any = fs.resolve_path(root) if isinstance(fs, HfFileSystem) and not root.startswith("buckets/") else None
+    except ImportError as error:
+        package = known_implementations[protocol.rpartition("::")[2]]["class"].partition(".")[0]
+        hint = "" if package == "fsspec" else f"; run: pip install {package}"
+        raise InputError(f"{location} needs a driver that is not installed ({error}){hint}") from None
+    except ValueError as error:
+        raise InputError(f"{location} is no address ({error}); needed hf://ORG/REPO, s3://BUCKET/RUN or such") from None
+    if hub is None:
+        return _Place(location, fs, root.rstrip("/")), {}
+    refs = HfApi().list_repo_refs(hub.repo_id, repo_type=hub.repo_type)
+    # By name, for a tag beside a branch of the same name is the same step.
+    commits = {ref.name: ref.target_commit for ref in (*refs.tags, *refs.branches)}
+    repo = root.partition(hub.repo_id)[0] + hub.repo_id
+    pinned = f"{repo}@{commits.get(hub.revision, hub.revision)}/{hub.path_in_repo}".rstrip("/")
+    revisions = {name: _Place(f"{location}@{name}", fs, f"{repo}@{commit}") for name, commit in commits.items()}
+    return _Place(location, fs, pinned), revisions if root == repo else {}
 
 
 def _opened(place: _Place) -> Checkpoint | str:
     """The checkpoint of a step, or why it is skipped."""
     try:
-        return _open(place)
-    # A trainer may also delete its oldest step between our listing and our reading.
-    except (InputError, *ABSENT) as error:
-        return str(error) if isinstance(error, InputError) else f"{place.store.at(place.folder)}: {cause_of(error)}"
+        return _answered(place.address, lambda: _open(place))
+    except _UnreachableError:
+        raise
+    except InputError as error:
+        return str(error)
 
 
 def _open(place: _Place) -> Checkpoint:
-    store, files = place.store, place.store.files(place.folder, place.deep)
+    # Below a place that names no step could be anything, other runs too.
+    files: Any = place.fs.find(place.root, maxdepth=1 if place.step is None else None, detail=True)
     # The highest in the folders, and an adapter before weights beside it: a step may hold another adapter below (TRL: ref/).
     marks = [adapter.CONFIG, full.WEIGHTS, full.INDEX]
-    marked = [path for path in files if path.rpartition("/")[2] in marks]
-    if not marked:
-        raise _lacking(store.at(place.folder), " or ".join(marks), files)
-    mark = min(marked, key=lambda path: (path.count("/"), marks.index(path.rpartition("/")[2])))
-    folder, slash, name = mark.rpartition("/")
-    here, label = folder + slash, RemotePath(store.at(folder))
-    if name != adapter.CONFIG:
-        shards = {mark: []} if name == full.WEIGHTS else _shards(store, mark, here)
-        return FullCheckpoint(label, source=RemoteSafetensors(store, shards, files))
-    if here + adapter.WEIGHTS not in files:
-        raise _lacking(str(label), adapter.WEIGHTS, files)
-    source = RemoteSafetensors(store, {here + adapter.WEIGHTS: []}, files)
-    return AdapterCheckpoint(label, config=_json(store, mark), source=source)
+    found = [(path.count("/"), marks.index(name), path) for path in files if (name := path.rpartition("/")[2]) in marks]
+    mark = min(found, default=(0, 0, f"{place.root}/{full.WEIGHTS}"))[2]
+    folder, _, name = mark.rpartition("/")
+    single = adapter.WEIGHTS if name == adapter.CONFIG else full.WEIGHTS
+    listed = place.json(mark).get("weight_map", {}) if name == full.INDEX else {}
+    source = RemoteSafetensors(place, sorted({f"{folder}/{shard}" for shard in listed.values() or [single]}), files)
+    if lost := sorted(listed.keys() - source.shapes.keys()):
+        raise CheckpointError(f"{place.at(mark)} lists {', '.join(lost[:8])}, which its files lack; copy it again")
+    label = RemotePath(place.at(folder))
+    if name == adapter.CONFIG:
+        return AdapterCheckpoint(label, config=place.json(mark), source=source)
+    return FullCheckpoint(label, source=source)
 
 
-def _lacking(place: str, needed: str, files: Iterable[str]) -> CheckpointError:
-    return CheckpointError(
-        f"{place} needs {needed}; found: {', '.join(sorted(files)[:8]) or 'nothing'} "
-        "(what is pickled, .pt, .bin and .distcp, is not read from afar: copy this step here first)"
-    )
-
-
-def _shards(store: Store, index: str, here: str) -> dict[str, list[str]]:
-    """The files that an index names, and the tensors that it says each holds."""
-    shard_of: dict[str, str] = _json(store, index).get("weight_map", {})
-    if not shard_of:
-        raise CheckpointError(f"{store.at(index)} lists no tensors; copy it again or leave this step out")
-    return {
-        here + shard: [name for name in shard_of if shard_of[name] == shard] for shard in sorted({*shard_of.values()})
-    }
-
-
-def _json(store: Store, path: str) -> dict[str, Any]:
+def _answered(address: str, call: Callable[[], Answer], tries: int = 0) -> Answer:
+    """What the call gives, tried again when the connection fails; a driver's error is told as a ``CheckpointError``."""
     try:
-        return json.loads(store.read(path))
-    except ValueError as error:
-        raise CheckpointError(
-            f"{store.at(path)} is no valid JSON: {error}; it may be half-written, copy it again"
-        ) from None
+        return call()
+    except _failures() as error:
+        # Drivers say whole pages.
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        waits_s = LIMIT_WAITS_S if "Too Many Requests" in cause else WAITS_S
+        absent = isinstance(error, _ABSENT)
+        if absent or tries >= len(waits_s):
+            told = f"{address} could not be read ({cause}); check it, your credentials and the network, then try again"
+            raise (CheckpointError if absent else _UnreachableError)(told) from None
+    log.info("trying again in %s s: %s", waits_s[tries], cause)
+    time.sleep(waits_s[tries])
+    return _answered(address, call, tries + 1)
+
+
+def _failures() -> tuple[type[BaseException], ...]:
+    """What drivers raise when there is no answer; called when something was raised, so its module is loaded."""
+    loaded = [(sys.modules[module], name) for module, name in _DRIVER_ERRORS.items() if module in sys.modules]
+    return (OSError, *(vars(module)[name] for module, name in loaded))
