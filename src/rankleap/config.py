@@ -46,28 +46,52 @@ class AdapterSection(_Section):
     """Which weights train."""
 
     method: str = "full"
-    """`full`, `lora` or `dora`."""
+    """A method, as listed by `rankleap doctor --adapters`."""
     rank: int = Field(default=16, ge=1)
-    """Rank of each adapter matrix."""
+    """Rank of each adapter matrix; AdaLoRA's average rank at the end."""
     alpha: float = Field(default=32.0, gt=0)
     """The adapter's scale is alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout before the adapter."""
     target_modules: tuple[str, ...] = ()
-    """Names of the modules to adapt; empty means every linear layer but the head."""
+    """Names of the modules to adapt; empty means every linear layer but the head (LN tuning: every norm)."""
+    options: dict[str, Any] = {}
+    """Further settings of the method, by PEFT's names for them: `target_r`, `projection_prng_key`, `loraplus_lr_ratio` …"""
 
 
 class AlgorithmSection(_Section):
     """How rewards become gradients."""
 
     name: str = "grpo"
-    """`grpo`, `dapo` or `dr_grpo`."""
+    """`grpo`, `dapo`, `dr_grpo`, `gspo`, `cispo`, `rloo`, `reinforce_pp`, `reinforce_pp_baseline`, `ppo`; without rewards
+    `sft`, `offline_distillation`, `distillation`."""
     beta: float = Field(default=0.0, ge=0)
     """Weight of the KL term against the base."""
-    epsilon: float = Field(default=0.2, gt=0)
-    """Clip range of the importance ratio, downwards."""
+    epsilon: float | None = Field(default=None, gt=0)
+    """Clip range of the importance ratio, downwards; unset means what the algorithm's paper uses."""
     epsilon_high: float | None = Field(default=None, gt=0)
     """Clip range upwards; unset means what the algorithm's paper uses."""
+    iterations: int = Field(default=1, ge=1)
+    """Optimizer steps on each batch of completions; from the second on, the clip range acts."""
+    dynamic_sampling: bool | None = None
+    """Draw groups whose rewards are all equal anew; unset means only for `dapo`."""
+    max_resample: int = Field(default=3, ge=1)
+    """How often a step may draw such groups anew."""
+    overlong_buffer: int | None = Field(default=None, ge=1)
+    """Tokens before `train.max_completion_tokens` over which the reward falls by 1; unset means it does not."""
+    discount: float = Field(default=1.0, gt=0, le=1)
+    """PPO: how much the next token's value counts."""
+    gae_lambda: float = Field(default=0.95, ge=0, le=1)
+    """PPO: 0 trusts the value head alone, 1 the reward alone."""
+    value_coefficient: float = Field(default=0.1, gt=0)
+    """PPO: weight of the value loss."""
+    value_clip: float = Field(default=0.2, gt=0)
+    """PPO: how far a value may move on one batch before its loss stops falling."""
+    value_learning_rate: float = Field(default=1e-4, gt=0)
+    """PPO: peak learning rate of the value head."""
+    teacher: str | None = None
+    """Distillation: `bundled:NAME`, a model's or a checkpoint's directory, a name on the Hub; offline also a `.jsonl` of
+    samples of the task's train split, as `rankleap evaluate` writes them."""
 
 
 class TrainSection(_Section):

@@ -254,3 +254,21 @@ def test_sigkill_in_the_middle_of_a_run_loses_nothing(finished: tuple[Recipe, Pa
     assert killed.returncode == -9, killed.stderr.decode()
     train(chosen, tmp_path / "run")
     assert losses(tmp_path / "run") == losses(whole)
+
+
+@pytest.mark.parametrize("method", ["pissa", "milora"])
+def test_small_moves_of_an_adapter_that_was_taken_out_of_the_base_are_recorded_as_they_are(
+    method: str, tmp_path: Path
+) -> None:
+    out = train(
+        recipe(adapter__method=method, train__learning_rate=1e-6, train__steps=2, leap=None, record={"rank": 8}),
+        tmp_path / "run",
+    )
+    recorded, exact = (
+        RecordedTrajectory(out / "trajectory"),
+        run_trajectory(open_run(out), base_of(open_run(out), None)[1]),
+    )
+    for name in exact.shapes:
+        delta = dense(exact.delta(name, 2))
+        assert 0 < float(delta.norm()) < 1e-2
+        torch.testing.assert_close(dense(recorded.delta(name, 2)), delta, atol=0.02 * float(delta.norm()), rtol=0)

@@ -6,15 +6,11 @@ L   = -1/(G·L_max) Σ_i Σ_t min(ρ A, clip(ρ, 1-ε, 1+ε) A)        a constan
 
 from typing import Any
 
+from rankleap.algorithms import grpo
 from rankleap.config import AlgorithmSection
 
 
 def settings(recipe: AlgorithmSection) -> dict[str, Any]:
     """TRL settings that make its trainer this algorithm."""
-    return {
-        # L_max is TRL's max_completion_length.
-        "loss_type": "dr_grpo",
-        "scale_rewards": "none",
-        "epsilon": recipe.epsilon,
-        "epsilon_high": recipe.epsilon_high,
-    }
+    # L_max is TRL's max_completion_length.
+    return {**grpo.settings(recipe), "loss_type": "dr_grpo", "scale_rewards": "none"}

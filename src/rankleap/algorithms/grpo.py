@@ -10,6 +10,8 @@ from typing import Any
 
 from rankleap.config import AlgorithmSection
 
+EPSILON = 0.2
+
 
 def settings(recipe: AlgorithmSection) -> dict[str, Any]:
     """TRL settings that make its trainer this algorithm."""
@@ -17,7 +19,7 @@ def settings(recipe: AlgorithmSection) -> dict[str, Any]:
         "loss_type": "grpo",
         # The std(r) of A_i, to which TRL adds 1e-4; so equal rewards give 0, not NaN.
         "scale_rewards": "group",
-        "epsilon": recipe.epsilon,
+        "epsilon": recipe.epsilon or EPSILON,
         # Unset, TRL clips upwards by epsilon too, as L does.
         "epsilon_high": recipe.epsilon_high,
     }

@@ -93,8 +93,12 @@ def _lora(of: Adapted) -> LowRank:
     if of.start is None:
         return product
     start = of.start()
-    left_MR = torch.cat([product.left_MR, -start.left_MR[of.rows]], dim=1)
-    return LowRank(left_MR, torch.cat([product.right_RN, start.right_RN]))
+    # (L - L₀)·R + L₀·(R - R₀): both are as small as the delta, where LR - L₀R₀ would cancel to float32's noise.
+    left_MR = start.left_MR[of.rows]
+    return LowRank(
+        torch.cat([product.left_MR - left_MR, left_MR], dim=1),
+        torch.cat([product.right_RN, product.right_RN - start.right_RN]),
+    )
 
 
 def _dora(of: Adapted) -> Tensor:

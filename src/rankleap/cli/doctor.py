@@ -1,8 +1,13 @@
 """``rankleap doctor``: what is installed, and what will work here."""
 
 from importlib.util import find_spec
+from typing import Annotated
 
-from rankleap.cli.show import Json, show_json, show_table
+import typer
+
+from rankleap.cli.show import Json, extras, show_json, show_table
+
+Adapters = Annotated[bool, typer.Option("--adapters", help="Show the adapters and what does not go with them.")]
 
 _NEEDS = {
     "trajectory, leap, inspect": ["torch", "transformers", "safetensors", "scipy"],
@@ -13,8 +18,11 @@ _NEEDS = {
 }
 
 
-def doctor(as_json: Json = False) -> None:
+def doctor(as_json: Json = False, adapters: Adapters = False) -> None:
     """Show versions, devices, bundled bases, and which verbs will work here."""
+    if adapters:
+        _show_adapters(as_json)
+        return
     import torch
 
     from rankleap.checkpoints import bundled_bases
@@ -43,3 +51,25 @@ def doctor(as_json: Json = False) -> None:
     ]
     rows += [{"": key, "value": ", ".join(names)} for key, names in lists.items()]
     show_table("rankleap doctor", rows)
+
+
+def _show_adapters(as_json: bool) -> None:
+    with extras("doctor --adapters"):
+        from rankleap.adapters import ADAPTERS, RULES
+    rows = [
+        {
+            "method": row.name,
+            "PEFT": row.peft_class.__name__ if row.peft_class else "",
+            "targets": {"linear": "linear layers", "norm": "norms"}[row.targets] if row.peft_class else "all weights",
+            "trains": ", ".join(sorted(row.parts)) or "all weights",
+            "learning rate": f"{row.rates[1]:g} ({row.rates[0]:g} to {row.rates[2]:g})",
+            "trajectories": "yes" if row.readable else "cannot be read",
+        }
+        for row in ADAPTERS.values()
+    ]
+    rules = [{"": rule.action, "when": rule.when, "why": rule.why, "instead": rule.instead} for rule in RULES]
+    if as_json:
+        show_json({"adapters": rows, "rules": rules})
+        return
+    show_table("adapters", rows, note="learning rates for models of 1 to 8 billion weights: where a sweep begins")
+    show_table("what does not go together", rules)

@@ -24,17 +24,18 @@ class StepProgress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Show the bar, where a resumed run stands."""
-        self._task = self._bar.add_task("reward …", total=state.max_steps, completed=state.global_step)
+        self._task = self._bar.add_task("…", total=state.max_steps, completed=state.global_step)
         self._bar.start()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Move the bar."""
         logs = kwargs.get("logs")
-        # The closing summary of a training has no reward.
-        if isinstance(logs, dict) and "reward" in logs:
-            now = float(logs["reward"])
+        # The closing summary of a training has no loss.
+        if isinstance(logs, dict) and "loss" in logs:
+            now = float(logs.get("reward", self._reward or 0.0))
             self._reward = now if self._reward is None else 0.9 * self._reward + 0.1 * now
-            self._bar.update(self._task, completed=state.global_step, description=f"reward {self._reward:.3f}")
+            what = f"reward {self._reward:.3f}" if "reward" in logs else f"loss {float(logs['loss']):.3f}"
+            self._bar.update(self._task, completed=state.global_step, description=what)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

@@ -58,9 +58,14 @@ def _summary(directory: Path) -> dict[str, object]:
     from rankleap.training import read_decisions
 
     rows = read_jsonl(directory / "metrics.jsonl")
-    last = rows[-10:]
-    mean_reward = sum(row["reward"] for row in last) / len(last)
-    facts = {"run": str(directory), "step": rows[-1]["step"], "reward (last 10 steps)": round(mean_reward, 4)}
+    # Arms without rewards have a loss that means something instead.
+    what = "reward" if "reward" in rows[0] else "loss"
+    last = [row[what] for row in rows if what in row][-10:]
+    facts = {
+        "run": str(directory),
+        "step": rows[-1]["step"],
+        f"{what} (last 10 steps)": round(sum(last) / len(last), 4),
+    }
     leaps = read_decisions(directory)
     return {
         **facts,

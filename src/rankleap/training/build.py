@@ -1,39 +1,66 @@
 """Builds what a recipe asks for: base model, adapter, rewards, and a TRL trainer whose settings are all said explicitly."""
 
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Trainer,
     TrainerCallback,
+    TrainingArguments,
     set_seed,
 )
-from trl.trainer.grpo_config import GRPOConfig
-from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.rewards.other_rewards import get_soft_overlong_punishment
 
-from rankleap.adapters import get_adapter, require_injected, target_modules
-from rankleap.algorithms import algorithm_settings
-from rankleap.checkpoints import resolve_base
+from rankleap.adapters import (
+    adapter_callbacks,
+    adapter_mistakes,
+    get_adapter,
+    largest_difference,
+    prepare,
+    require_injected,
+    require_rank,
+    target_modules,
+    with_adapter,
+)
+from rankleap.algorithms import ALGORITHMS, algorithm_settings, get_algorithm
+from rankleap.checkpoints import (
+    AdapterCheckpoint,
+    FullCheckpoint,
+    LowRank,
+    effective_weights,
+    load_weights,
+    open_checkpoint,
+    resolve_base,
+)
+from rankleap.checkpoints.write import write_adapter
 from rankleap.config import Recipe
-from rankleap.errors import RankleapError, RecipeError
+from rankleap.errors import InputError, RankleapError, RecipeError
+from rankleap.evaluation import Sampling
+from rankleap.evaluation.evaluate import evaluate, load_model
+from rankleap.evaluation.saved import read_samples
+from rankleap.files import write_aside, write_jsonl
 from rankleap.predictors import PREDICTORS
 from rankleap.records import Problem
 from rankleap.tasks import get_task
 from rankleap.tasks.grading import GraderPool
+from rankleap.tasks.task import MARKER
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
     """A trainer ready to run, the pool that grades for it, and what trains."""
 
-    trainer: GRPOTrainer
+    trainer: Trainer
     pool: GraderPool
     targets: tuple[str, ...]
     trainable: int
@@ -55,13 +82,13 @@ def check(recipe: Recipe) -> None:
             look_up()
         except RankleapError as error:
             mistakes.append(f"  {where}: {error}")
-    mistakes += [f"  {line}" for line in _misfits(recipe)]
+    mistakes += [f"  {line}" for line in [*adapter_mistakes(recipe), *_algorithm_misfits(recipe), *_misfits(recipe)]]
     if mistakes:
         raise RecipeError(f"recipe {recipe.name!r} cannot run:\n" + "\n".join(mistakes))
 
 
 def build(recipe: Recipe, out: Path, callbacks: Sequence[TrainerCallback] = ()) -> Built:
-    """Load, adapt and wire up; nothing is written yet. The caller closes ``pool``."""
+    """Load, adapt and wire up; nothing but a teacher's samples is written yet. The caller closes ``pool``."""
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     set_seed(recipe.seed)  # the adapter's random initialisation comes before the trainer seeds itself
@@ -70,28 +97,109 @@ def build(recipe: Recipe, out: Path, callbacks: Sequence[TrainerCallback] = ()) 
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, recipe.model.dtype))
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base)
     total = sum(p.numel() for p in model.parameters())
-    adapter, targets = get_adapter(recipe.adapter.method), target_modules(model, recipe.adapter.target_modules)
+    adapter = get_adapter(recipe.adapter.method)
+    targets = target_modules(model, recipe.adapter.target_modules, adapter.targets)
+    require_rank(model, adapter, recipe.adapter, targets)
     task = get_task(recipe.task.name)
     problems = task.problems("train", recipe.task.train_problems)
+    rows, lessons = _lessons(recipe, out, problems)
     pool = GraderPool(task)
-    trainer = GRPOTrainer(
+    if get_algorithm(recipe.algorithm.name).learns_from == "rewards":
+        lessons["reward_funcs"] = _rewards(recipe, pool, problems)
+    trainer = with_adapter(get_algorithm(recipe.algorithm.name).trainer, adapter, recipe.adapter)(
         model=model,
-        reward_funcs=_reward(pool, problems),
         args=trl_config(recipe, out),
-        # Problems travel by id, so the answers stay with the grader.
-        train_dataset=Dataset.from_list([{"prompt": p.prompt, "problem_id": p.id} for p in problems]),
+        train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=adapter.config(recipe.adapter, targets),
-        callbacks=list(callbacks),
+        peft_config=adapter.config(recipe.adapter, targets, recipe.train.steps),
+        callbacks=[*adapter_callbacks(adapter), *callbacks],
+        **lessons,
     )
     # The trainer injects the adapter and may wrap the model: only what it holds now will train.
     live = trainer.accelerator.unwrap_model(trainer.model)
+    prepare(live, adapter, recipe.algorithm.beta)
     return Built(trainer, pool, targets, require_injected(live, adapter, targets), total)
 
 
-def trl_config(recipe: Recipe, out: Path) -> GRPOConfig:
+def round_trip(recipe: Recipe, out: Path, model: Any) -> dict[str, float]:
+    """How far logits of the trained model are from those of what is on disk, in float32, relative to the largest logit.
+
+    ``reloaded``: loaded on the original base by PEFT (or Transformers); ``effective``: the weights that ``checkpoints`` reads.
+    An adapter whose start was taken out of the base is written for that to ``out/adapter``, as plain LoRA of twice the rank.
+    """
+    base, adapter = resolve_base(recipe.model.base), get_adapter(recipe.adapter.method)
+    model = model.to("cpu", torch.float32)
+    tokens_BT = torch.arange(64).reshape(2, 32) % model.get_input_embeddings().num_embeddings
+    # Inside the run, for the start of an adapter is looked for beside it.
+    with tempfile.TemporaryDirectory(dir=out) as scratch:
+        saved = portable = Path(scratch)
+        model.save_pretrained(saved)
+        if adapter.start != "base":
+            portable = out / "adapter"
+            _write_plain(AdapterCheckpoint(saved), portable, base)
+        # In the run's own precision first: a base that was rounded when it was loaded is so again.
+        source, dtype = saved if adapter.peft_class is None else base, getattr(torch, recipe.model.dtype)
+        fresh = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).float()
+        reloaded = fresh if adapter.peft_class is None else PeftModel.from_pretrained(fresh, portable)
+        found = {"reloaded": largest_difference(model, reloaded, tokens_BT)}
+        if adapter.readable:
+            fresh = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+            load_weights(fresh, effective_weights(open_checkpoint(saved), FullCheckpoint(base)))
+            found["effective"] = largest_difference(model, fresh, tokens_BT)
+    return found
+
+
+def _write_plain(checkpoint: AdapterCheckpoint, directory: Path, base: Path) -> None:
+    full = FullCheckpoint(base)
+    deltas = {name: checkpoint.delta(name, full) for name in checkpoint.shapes_on(full)}
+    products = {name: delta for name, delta in deltas.items() if isinstance(delta, LowRank)}
+    with write_aside(directory) as aside:
+        write_adapter(aside, products, max(d.right_RN.shape[0] for d in products.values()), str(base), base)
+
+
+def _lessons(recipe: Recipe, out: Path, problems: Sequence[Problem]) -> tuple[list[dict[str, str]], dict[str, object]]:
+    """Rows of the dataset, and what the trainer learns from besides."""
+    learns_from, teacher = get_algorithm(recipe.algorithm.name).learns_from, str(recipe.algorithm.teacher)
+    if learns_from == "answers":
+        return [{"prompt": p.prompt, "completion": f" {MARKER} {p.answer}"} for p in problems], {}
+    if learns_from == "samples":
+        return _demonstrations(recipe, out, problems), {}
+    # Problems travel by id, so the answers stay with the grader.
+    rows = [{"prompt": p.prompt, "problem_id": p.id} for p in problems]
+    if learns_from == "rewards":
+        return rows, {}
+    model, tokenizer = load_model(teacher)
+    # Distributions are compared token by token.
+    if tokenizer.get_vocab() != AutoTokenizer.from_pretrained(resolve_base(recipe.model.base)).get_vocab():
+        raise InputError(
+            f"algorithm.teacher: {teacher} has another vocabulary than {recipe.model.base}; use a relative"
+        )
+    return rows, {"teacher_model": model}
+
+
+def _demonstrations(recipe: Recipe, out: Path, problems: Sequence[Problem]) -> list[dict[str, str]]:
+    """Right completions of a teacher: those at its path, or sampled once, one of each problem that the run will reach."""
+    train, teacher = recipe.train, str(recipe.algorithm.teacher)
+    path = Path(teacher) if teacher.endswith(".jsonl") else out / "demonstrations.jsonl"
+    if not path.exists() and not teacher.endswith(".jsonl"):
+        reached = problems[: train.steps * train.prompts_per_step * train.completions_per_prompt]
+        sampling = Sampling(train.temperature, max_new_tokens=train.max_completion_tokens)
+        task = get_task(recipe.task.name)
+        samples = evaluate(*load_model(teacher), task, reached, k=1, sampling=sampling, seed=recipe.seed)[1]
+        write_jsonl(path, [asdict(one) for one in samples])
+    prompts = {p.id: p.prompt for p in problems}
+    right = [one for one in read_samples(path) if one.score == 1 and not one.truncated]
+    if not right or not {one.problem_id for one in right} <= prompts.keys():
+        raise InputError(
+            f"{path} must hold right samples, all of {recipe.task.name}'s {len(problems)} train problems; it has "
+            f"{len(right)} right ones, such as of {[one.problem_id for one in right][:1]}: sample with --split train"
+        )
+    return [{"prompt": prompts[one.problem_id], "completion": one.completion} for one in right]
+
+
+def trl_config(recipe: Recipe, out: Path) -> TrainingArguments:
     """TRL's settings for a recipe."""
-    train = recipe.train
+    train, algorithm = recipe.train, get_algorithm(recipe.algorithm.name)
     batch = train.prompts_per_step * train.completions_per_prompt
     micro = train.micro_batch or batch
     settings: dict[str, Any] = {
@@ -99,7 +207,6 @@ def trl_config(recipe: Recipe, out: Path) -> GRPOConfig:
         "max_steps": train.steps,
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": batch // micro,
-        "num_generations": train.completions_per_prompt,
         "learning_rate": train.learning_rate,
         "lr_scheduler_type": train.schedule,
         "warmup_steps": train.warmup_steps,
@@ -107,12 +214,6 @@ def trl_config(recipe: Recipe, out: Path) -> GRPOConfig:
         "weight_decay": 0.0,
         "max_grad_norm": train.max_grad_norm,
         "gradient_checkpointing": train.gradient_checkpointing,
-        "max_completion_length": train.max_completion_tokens,
-        "temperature": train.temperature,
-        # Truncated sampling would draw from another distribution than the one whose log-probabilities train.
-        "top_p": 1.0,
-        "top_k": 0,
-        "beta": recipe.algorithm.beta,
         "logging_steps": 1,
         "save_strategy": "steps",
         "save_steps": train.save_every,
@@ -128,7 +229,20 @@ def trl_config(recipe: Recipe, out: Path) -> GRPOConfig:
         "disable_tqdm": True,
         "remove_unused_columns": False,
     }
-    return GRPOConfig(**settings, **algorithm_settings(recipe.algorithm))
+    if algorithm.learns_from in ("rewards", "teacher"):
+        # Truncated sampling would draw from another distribution than the one whose log-probabilities train.
+        settings |= {"temperature": train.temperature, "top_p": 1.0, "top_k": 0}
+        settings["max_completion_length"] = train.max_completion_tokens
+    if algorithm.learns_from == "rewards":
+        settings |= {"num_generations": train.completions_per_prompt, "num_iterations": recipe.algorithm.iterations}
+        settings["beta"] = recipe.algorithm.beta
+    return algorithm.config(**settings, **algorithm_settings(recipe.algorithm))
+
+
+def _rewards(recipe: Recipe, pool: GraderPool, problems: Sequence[Problem]) -> list[Callable[..., Any]]:
+    """The task's, and DAPO's overlong punishment (Eq. 13) where asked."""
+    longest, buffer = recipe.train.max_completion_tokens, recipe.algorithm.overlong_buffer
+    return [_reward(pool, problems), *([get_soft_overlong_punishment(longest, buffer)] if buffer else [])]
 
 
 def _reward(pool: GraderPool, problems: Sequence[Problem]) -> Callable[..., list[float | None]]:
@@ -140,6 +254,40 @@ def _reward(pool: GraderPool, problems: Sequence[Problem]) -> Callable[..., list
         return [verdict.score for verdict in pool.grade(pairs)]
 
     return reward
+
+
+def _algorithm_misfits(recipe: Recipe) -> list[str]:
+    asked, train, algorithm = recipe.algorithm, recipe.train, ALGORITHMS.get(recipe.algorithm.name)
+    if algorithm is None:
+        return []
+    learns_from, longest, problems = algorithm.learns_from, train.max_completion_tokens, recipe.task.train_problems
+    has_teacher = learns_from in ("samples", "teacher")
+    no_use = {
+        "beta": asked.beta > 0 and learns_from != "rewards",
+        "iterations": asked.iterations > 1 and learns_from != "rewards",
+        "overlong_buffer": asked.overlong_buffer is not None and learns_from != "rewards",
+        "dynamic_sampling": bool(asked.dynamic_sampling) and not algorithm.resamples,
+        "teacher": asked.teacher is not None and not has_teacher,
+    }
+    prompts = train.prompts_per_step * (train.completions_per_prompt if learns_from == "teacher" else 1)
+    wrong = {
+        f"algorithm.teacher: {asked.name} needs one": has_teacher and asked.teacher is None,
+        f"algorithm.overlong_buffer: {asked.overlong_buffer} is more than train.max_completion_tokens = {longest}": (
+            (asked.overlong_buffer or 0) > longest
+        ),
+        # TRL drops a step that is not full, and would end without having taken one.
+        f"task.train_problems: {problems} do not fill a step of {prompts} prompts": (
+            problems < prompts and learns_from in ("rewards", "teacher")
+        ),
+        # Completions are not in a checkpoint, so a resume between two updates on them would draw others.
+        f"train.save_every: {train.save_every} must be a multiple of algorithm.iterations = {asked.iterations}": (
+            train.save_every % asked.iterations > 0
+        ),
+    }
+    useless = [
+        f"algorithm.{key}: has no meaning for {asked.name}; leave it out" for key, said in no_use.items() if said
+    ]
+    return useless + [line for line, met in wrong.items() if met]
 
 
 def _misfits(recipe: Recipe) -> list[str]:

@@ -67,7 +67,9 @@ class TrajectoryRecorder(TrainerCallback):
         if self._recording and self._base:
             model = _live(kwargs)
             deltas = (
-                _adapter_deltas(model, self._base) if isinstance(model, PeftModel) else _full_deltas(model, self._base)
+                _adapter_deltas(model, self._base, Path(self.directory).parent)
+                if isinstance(model, PeftModel)
+                else _full_deltas(model, self._base)
             )
             self._recording.add(step, deltas)
 
@@ -91,9 +93,11 @@ def _full_deltas(model: nn.Module, base: FullCheckpoint) -> Iterator[tuple[str, 
         yield name, require_finite(as_float32(parameter) - base.weight(name), name, "the live model")
 
 
-def _adapter_deltas(model: PeftModel, base: FullCheckpoint) -> Iterator[tuple[str, Delta]]:
+def _adapter_deltas(model: PeftModel, base: FullCheckpoint, run: Path) -> Iterator[tuple[str, Delta]]:
     """Deltas through PEFT's own writer, so that the live adapter and a saved one are read by the same code."""
-    with tempfile.TemporaryDirectory() as directory:
+    # In the run, where the start of an adapter that was taken out of the base is found.
+    run.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=run) as directory:
         model.save_pretrained(directory)
         # Its tensors are read one by one, so the directory has to outlive the last of them.
         adapter = AdapterCheckpoint(Path(directory))

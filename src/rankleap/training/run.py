@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from datasets import disable_progress_bars, enable_progress_bars
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from rankleap.adapters import adapter_notes, get_adapter
 from rankleap.checkpoints import resolve_base
 from rankleap.config import Recipe
 from rankleap.errors import DiskSpaceError, InputError
@@ -32,7 +34,7 @@ from rankleap.files import (
     write_manifest,
     write_text,
 )
-from rankleap.training.build import Built, build, check
+from rankleap.training.build import Built, build, check, round_trip
 from rankleap.training.recorder import TrajectoryRecorder
 from rankleap.training.reground import Leaper, leap_is_missing
 
@@ -40,6 +42,8 @@ log = logging.getLogger(__name__)
 
 MEASURED_UP_TO = 10**9
 """Parameters up to which a dry run takes a few real steps on a machine without a GPU."""
+LARGEST_ROUND_TRIP = 1e-3
+"""Relative difference of logits between the trained model and what was saved of it that is worth a warning."""
 ADAM_BYTES = 8
 """Two float32 moments for each trained parameter."""
 
@@ -49,7 +53,9 @@ METRICS = {
     "reward_std": "reward_std",
     # Share of groups whose rewards are all equal: they give no gradient.
     "frac_reward_zero_std": "no_signal",
+    "resampled": "resampled",
     "loss": "loss",
+    "value_loss": "value_loss",
     "grad_norm": "grad_norm",
     "kl": "kl",
     "entropy": "entropy",
@@ -77,9 +83,9 @@ class MetricsLog(TrainerCallback):
         self._zero_s = time.perf_counter() - (kept[-1]["wall_s"] if kept else 0.0)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
-        """Append a row; the trainer's closing summary, which has no reward, is left out."""
+        """Append a row; the trainer's closing summary, which has no loss of a step, is left out."""
         logs = kwargs.get("logs")
-        if isinstance(logs, dict) and "reward" in logs:
+        if isinstance(logs, dict) and "loss" in logs:
             row = {ours: logs[theirs] for theirs, ours in METRICS.items() if theirs in logs}
             wall_s = round(time.perf_counter() - self._zero_s, 3)
             append_jsonl(self.path, {"step": state.global_step, "wall_s": wall_s, **row})
@@ -106,8 +112,9 @@ def train(recipe: Recipe, out: Path, *, source: str | None = None, callbacks: Se
     check(recipe)
     _require_same_run(recipe, out)
     resume_from = _resumable(out)
-    # Killed between its last checkpoint and the leap due there, a run still has work to do.
-    if resume_from and _step(resume_from) >= recipe.train.steps and not leap_is_missing(recipe, out):
+    trained = resume_from is not None and _step(resume_from) >= recipe.train.steps
+    # Killed between its last checkpoint and the leap due there, or the round trip, a run still has work to do.
+    if trained and not leap_is_missing(recipe, out) and "round_trip" in read_json(out / "manifest.json"):
         log.info("%s is complete at step %d", out, recipe.train.steps)
         return out
     with _quiet():
@@ -127,7 +134,11 @@ def _run(
             built.trainer.add_callback(callback)
         # Without tqdm Transformers prints its logs instead; they are in metrics.jsonl.
         built.trainer.remove_callback(PrinterCallback)
-        built.trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        if resume_from and _step(resume_from) >= recipe.train.steps:
+            _finish(built.trainer, resume_from)
+        else:
+            built.trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        _record_round_trip(recipe, out, built)
     except DiskSpaceError:
         if new and not (out / "config.json").exists():
             shutil.rmtree(out)  # the trainer makes its directory when it is built
@@ -136,18 +147,42 @@ def _run(
         built.pool.close()
 
 
+def _finish(trainer: Trainer, last: Path) -> None:
+    """Stand where training ended and let callbacks do what is missing there; ``Trainer.train`` would take one step more."""
+    trainer._load_from_checkpoint(str(last))
+    trainer.state, handler = TrainerState.load_from_json(str(last / "trainer_state.json")), trainer.callback_handler
+    handler.optimizer = trainer.create_optimizer()
+    handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
+def _record_round_trip(recipe: Recipe, out: Path, built: Built) -> None:
+    accelerator = built.trainer.accelerator
+    # Of several processes each may hold but a shard.
+    alone = accelerator.num_processes == 1
+    # In float32, so without the autocast that a bfloat16 run wraps around forward.
+    live = accelerator.unwrap_model(built.trainer.model, keep_fp32_wrapper=False)
+    found = round_trip(recipe, out, live) if alone else {}
+    if accelerator.is_main_process:
+        write_json(out / "manifest.json", read_json(out / "manifest.json") | {"round_trip": found})
+        large = max(found.values(), default=0.0) > LARGEST_ROUND_TRIP
+        log.log(logging.WARNING if large else logging.INFO, "round trip: %s", found)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep off the screen: names that Transformers is about to rename, file bars, "missing" tied heads on a resume."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    disable_progress_bars()
     transformers_logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+            warnings.filterwarnings("ignore", message="Unsupported layer type .*Norm")  # PEFT's own LN tuning
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        enable_progress_bars()
 
 
 def plan(recipe: Recipe, scratch: Path, measure_steps: int = 3) -> Plan:
@@ -196,10 +231,12 @@ def _plan(recipe: Recipe, built: Built, step_s: float | None) -> Plan:
 
 
 def _callbacks(recipe: Recipe, out: Path, built: Built, more: Sequence[TrainerCallback]) -> list[TrainerCallback]:
-    recorder = TrajectoryRecorder(out / "trajectory", recipe.model.base, recipe.record.rank)
+    # An adapter whose files are not read has no deltas to record.
+    readable = get_adapter(recipe.adapter.method).readable
+    recorder = [TrajectoryRecorder(out / "trajectory", recipe.model.base, recipe.record.rank)] if readable else []
     # The recorder comes before the leaper: factors of a step are those that training reached.
     leaper = [Leaper(recipe, out, built.pool)] if recipe.leap else []
-    return [MetricsLog(out / "metrics.jsonl"), recorder, *leaper, *more]
+    return [MetricsLog(out / "metrics.jsonl"), *recorder, *leaper, *more]
 
 
 def _describe(recipe: Recipe, out: Path, source: str | None, built: Built) -> None:
@@ -214,6 +251,8 @@ def _describe(recipe: Recipe, out: Path, source: str | None, built: Built) -> No
         base=recipe.model.base,
         base_directory=base.name,
         trainable=built.trainable,
+        target_modules=built.targets,
+        adapter_notes=adapter_notes(recipe),
         seed=recipe.seed,
     )
     # Last, since its presence says that the rest is described.

@@ -1,0 +1,122 @@
+"""Dynamic sampling (DAPO, 2503.14476, Eq. 11): every step trains on groups that carry signal, for all that learn from groups.
+
+    0 < |{i: o_i is right}| < G        here: the rewards of a group are not all equal, the overlong punishment left aside
+
+Groups without signal are drawn anew, with other prompts, in at most ``max_resample`` rounds a step. What is without signal
+after that stays in the batch and is counted in ``no_signal``; ``resampled`` counts the groups that were drawn anew.
+
+How we differ: only the groups that are missing are drawn, not whole batches; there is a cap; prompts are drawn with
+replacement. The logged reward is that of the batch that trains, so it is no measure of the model.
+Shapes: N completions of one process, F reward functions, K groups drawn anew.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from rankleap.config import AlgorithmSection
+
+PUNISHMENT = "soft_overlong_punishment_reward"
+"""TRL's name of the length term; lengths that differ are no signal about the answer."""
+
+
+@dataclass
+class SamplingConfig(GRPOConfig):
+    """TRL's settings, and how often a step may draw groups anew; 0 turns dynamic sampling off."""
+
+    max_resample: int = 0
+
+
+def settings(recipe: AlgorithmSection, by_default: bool = False) -> dict[str, Any]:
+    """Whether groups are drawn anew; ``by_default`` where the algorithm's paper does."""
+    asked = by_default if recipe.dynamic_sampling is None else recipe.dynamic_sampling
+    return {"max_resample": recipe.max_resample if asked else 0}
+
+
+def same_epochs(trainer: type[Any]) -> type[Any]:
+    """One of TRL's trainers that sample, whose prompts are the same after a resume: TRL's generator starts again there."""
+
+    class SameEpochs(trainer):
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
+            sampler = super()._get_train_sampler(dataset)
+            sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(sampler.seed + epoch)
+            return sampler
+
+    SameEpochs.__name__ = trainer.__name__
+    return SameEpochs
+
+
+class SamplingTrainer(same_epochs(GRPOTrainer)):
+    """TRL's trainer, drawing groups without signal anew, and keeping the rewards for those who make advantages of them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._drawn: tuple[Any, ...] | None = None
+        self._graded: Tensor | None = None
+        self._rewards_NF = torch.empty(0)
+
+    def rewards(self) -> Tensor:
+        """Weighted reward of each completion of the batch, over all processes; NaN where no function gave one."""
+        return self._weighted(self._rewards_NF).masked_fill(self._rewards_NF.isnan().all(1), torch.nan)
+
+    def local(self, values: Tensor) -> Tensor:
+        """The part of ``values``, gathered from all processes, that belongs to this one."""
+        return values.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.args.max_resample and self.model.training:
+            inputs = self._draw(inputs)
+        return super()._generate_and_score_completions(inputs)
+
+    def _draw(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Draw until every group has signal; TRL then finds this batch, drawn and graded, instead of drawing its own."""
+        size = self.num_generations
+        rows, drawn = list(inputs), self._generate([row["prompt"] for row in inputs])
+        graded_NF, resampled = self._grade(rows, drawn), 0
+        for _ in range(self.args.max_resample):
+            flat = self._without_signal(graded_NF)
+            # All processes draw equally many, for grading gathers from all of them.
+            count = int(self.accelerator.gather(torch.tensor([len(flat)], device=graded_NF.device)).max())
+            if not count:
+                break
+            # The global random state is in the checkpoint, so a resumed run draws the same prompts.
+            chosen = torch.randint(len(self.train_dataset), (count,)).tolist()
+            others = [self.train_dataset[i] for i in chosen for _ in range(size)]
+            anew = self._generate([row["prompt"] for row in others])
+            graded_anew_NF = self._grade(others, anew)
+            for k, group in enumerate(flat):
+                here, there = slice(group * size, (group + 1) * size), slice(k * size, (k + 1) * size)
+                rows[here], graded_NF[here] = others[there], graded_anew_NF[there]
+                for old, new in zip(drawn, anew, strict=True):
+                    # Of what TRL returns, lists hold a row for each completion; images and tools are empty here.
+                    if isinstance(old, list) and old:
+                        old[here] = new[there]
+            resampled += count * self.accelerator.num_processes
+        self._metrics["train"]["resampled"].append(resampled)
+        self._drawn, self._graded = drawn, self.accelerator.gather(graded_NF)
+        return rows
+
+    def _grade(self, rows: list[dict[str, Any]], drawn: tuple[Any, ...]) -> Tensor:
+        prompts = [row["prompt"] for row in rows]
+        return self.local(self._calculate_rewards(rows, prompts, drawn[3], drawn[1])).clone()
+
+    def _without_signal(self, rewards_NF: Tensor) -> list[int]:
+        answers = torch.tensor([name != PUNISHMENT for name in self.reward_func_names], device=rewards_NF.device)
+        grouped = self._weighted(rewards_NF * answers).view(-1, self.num_generations)
+        return torch.isclose(grouped.amax(1), grouped.amin(1)).nonzero().flatten().tolist()
+
+    def _weighted(self, rewards_NF: Tensor) -> Tensor:
+        return (rewards_NF * self.reward_weights.to(rewards_NF.device)).nansum(1)
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        drawn, self._drawn = self._drawn, None
+        return drawn or super()._generate(prompts)
+
+    def _calculate_rewards(self, *args: Any) -> Tensor:
+        graded, self._graded = self._graded, None
+        self._rewards_NF = super()._calculate_rewards(*args) if graded is None else graded
+        return self._rewards_NF
