@@ -14,12 +14,9 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 
+from killed import KillBefore
 from rankleap.adapters import ADAPTERS, prepare, require_injected, target_modules
 from rankleap.adapters.adapter import Adapter
 from rankleap.checkpoints import FullCheckpoint, dense, open_checkpoint, resolve_base
@@ -118,17 +115,6 @@ def test_the_effective_delta_is_merged_minus_base(base: Path, name: str, tmp_pat
         torch.testing.assert_close(
             dense(checkpoint.delta(key, pristine)), merged[key] - pristine.weight(key), atol=5e-6, rtol=1e-4
         )
-
-
-class KillBefore(TrainerCallback):
-    """Ends the process's work before a step, as a kill would."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 def recipe(base: str, method: str, **train_: Any) -> Recipe:

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from killed import KillBefore
 from rankleap.algorithms import ALGORITHMS, get_algorithm
 from rankleap.config import Recipe
 from rankleap.files import read_jsonl
@@ -62,17 +62,6 @@ def test_permuting_a_group_permutes_its_advantages(name: str, tmp_path: Path) ->
     torch.testing.assert_close(after, before[order])
 
 
-class Kill(TrainerCallback):
-    """Ends the process's work before a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
 def short(name: str, method: str, **algorithm: Any) -> Recipe:
     teacher = {"teacher": "bundled:sums"} if get_algorithm(name).learns_from in ("samples", "teacher") else {}
     sizes = {"steps": 4, "save_every": 2, "max_completion_tokens": 16, "learning_rate": 1e-3}
@@ -97,7 +86,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(name: str, method: str, algori
     recipe = short(name, method, **algorithm)
     whole = train(recipe, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        train(recipe, tmp_path / "killed", callbacks=[Kill(3)])
+        train(recipe, tmp_path / "killed", callbacks=[KillBefore(3)])
     killed = train(recipe, tmp_path / "killed")
     logged = [
         [{key: value for key, value in row.items() if key != "wall_s"} for row in read_jsonl(out / "metrics.jsonl")]

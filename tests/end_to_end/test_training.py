@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
+from killed import KillBefore
 from rankleap.checkpoints import FullCheckpoint, base_of, dense, open_checkpoint, open_run, resolve_base
 from rankleap.config import Recipe, make_recipe
 from rankleap.errors import BaseMismatchError, InputError, RecipeError
@@ -52,17 +53,6 @@ def recipe(**changes: Any) -> Recipe:
         else:
             values[section] = value
     return make_recipe({k: v for k, v in values.items() if v is not None}, "test")
-
-
-class KillAfter(TrainerCallback):
-    """Ends the process's work in the middle of a run, as a kill between two steps would."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 def losses(out: Path) -> list[tuple[int, float, float]]:
@@ -110,7 +100,7 @@ def test_a_lora_run_is_recorded_exactly(tmp_path: Path) -> None:
 def test_a_killed_run_resumes_to_the_same_numbers(finished: tuple[Recipe, Path], tmp_path: Path) -> None:
     chosen, whole = finished
     with pytest.raises(KeyboardInterrupt):
-        train(chosen, tmp_path / "run", callbacks=[KillAfter(5)])
+        train(chosen, tmp_path / "run", callbacks=[KillBefore(5)])
     train(chosen, tmp_path / "run")
     assert losses(tmp_path / "run") == losses(whole)
     taken = [
@@ -131,7 +121,7 @@ def test_a_run_that_only_writes_its_leaps_resumes_on_its_own_path(tmp_path: Path
     assert not any(row["taken"] for row in read_jsonl(whole / "leaps" / "decisions.jsonl"))
     accepted = next(row["step"] for row in read_jsonl(whole / "leaps" / "decisions.jsonl") if row["accepted"])
     with pytest.raises(KeyboardInterrupt):
-        train(chosen, tmp_path / "run", callbacks=[KillAfter(min(accepted, STEPS - 1))])
+        train(chosen, tmp_path / "run", callbacks=[KillBefore(min(accepted, STEPS - 1))])
     train(chosen, tmp_path / "run")
     assert losses(tmp_path / "run") == losses(whole)
 

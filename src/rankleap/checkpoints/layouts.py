@@ -4,7 +4,7 @@ A layout is recognised by what is there, never by a model's or a trainer's name.
 holds several: an adapter's config first, then the most exact copy of the weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,12 +29,12 @@ class Layout:
     """What it is recognised by, for a message."""
 
 
-def having(pattern: str, *folders: str) -> Callable[[Path], Path | None]:
-    """The first of ``folders`` (default: the directory itself) that holds a file of this pattern."""
+def having(patterns: Sequence[str], *folders: str) -> Callable[[Path], Path | None]:
+    """The first of ``folders`` (default: the directory itself) that holds a file of the first of these patterns that is there."""
 
     def find(directory: Path) -> Path | None:
-        places = (directory / folder for folder in folders or (".",))
-        return next((place for place in places if next(place.glob(pattern), None)), None)
+        places = [directory / folder for folder in folders or (".",)]
+        return next((place for one in patterns for place in places if next(place.glob(one), None)), None)
 
     return find
 
@@ -55,7 +55,7 @@ LAYOUTS: dict[str, Layout] = {
     # A directory with an adapter's config is an adapter, whatever else was saved into it.
     "peft": Layout(
         "PEFT adapter",
-        having(adapter.CONFIG, ".", "actor/lora_adapter", "lora_adapter"),
+        having([adapter.CONFIG], ".", "actor/lora_adapter", "lora_adapter"),
         lambda path, trust: AdapterCheckpoint(path, trust_pickle=trust),
         adapter.CONFIG,
     ),
@@ -63,27 +63,25 @@ LAYOUTS: dict[str, Layout] = {
     "deepspeed": Layout("DeepSpeed ZeRO", deepspeed.find, deepspeed.open_checkpoint, deepspeed.STATES),
     "verl": Layout(
         "FSDP rank files (verl, EasyR1, SkyRL)",
-        having(ranks.PATTERN, "actor", ".", "policy"),
+        having([ranks.PATTERN], "actor", ".", "policy"),
         ranks.open_ranks,
         ranks.PATTERN,
     ),
     "hf": Layout(
         "Hugging Face full",
-        lambda path: having(full.WEIGHTS, *_EXPORTS)(path) or having(full.INDEX, *_EXPORTS)(path),
+        having([full.WEIGHTS, full.INDEX], *_EXPORTS),
         lambda path, trust: FullCheckpoint(path),
         f"{full.WEIGHTS} or {full.INDEX}",
     ),
     "hf-bin": Layout(
         "Hugging Face full, pickled",
-        lambda path: having(pickled.BIN)(path) or having(pickled.BIN_INDEX)(path),
+        having([pickled.BIN, pickled.BIN_INDEX]),
         pickled.open_bin,
         f"{pickled.BIN} or {pickled.BIN_INDEX}",
     ),
     "torch": Layout(
         "torch state dict",
-        lambda path: next(
-            (place for name in pickled.MODEL_STATES if (place := having(name, "policy", ".")(path))), None
-        ),
+        having(pickled.MODEL_STATES, "policy", "."),
         pickled.open_torch,
         " or ".join(pickled.MODEL_STATES),
     ),

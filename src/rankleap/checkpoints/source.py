@@ -73,7 +73,7 @@ class Renamed(TensorSource):
         """``old_names`` maps a new name to the source's own; what is not in it is left out."""
         self.shapes = {new: source.shapes[old] for new, old in old_names.items()}
         self.dtypes = {new: source.dtypes[old] for new, old in old_names.items()}
-        self._source, self._old_names = source, dict(old_names)
+        self._source, self._old_names, self.is_local = source, dict(old_names), source.is_local
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """The source's tensor."""

@@ -12,6 +12,8 @@ def inspect(directory: RunLocation, trust_pickle: TrustPickle = False, as_json: 
     run = open_run(directory, trust_pickle)
     # One stands for all: checkpoints of mixed layouts are refused when the run is opened.
     last = run.checkpoints[run.steps[-1]]
+    dtypes = Counter(last.source.dtypes.values())
+    size_bytes = sum(checkpoint.size_bytes() for checkpoint in run.checkpoints.values())
     facts: dict[str, object] = {
         "run": str(run.directory),
         "layout": run.layout.name,
@@ -19,8 +21,8 @@ def inspect(directory: RunLocation, trust_pickle: TrustPickle = False, as_json: 
         "adapter": last.settings if isinstance(last, AdapterCheckpoint) else None,
         "steps": run.steps,
         "tensors": len(last.shapes),
-        "dtypes": dict(Counter(last.source.dtypes.values())),
-        "size_bytes": sum(checkpoint.size_bytes() for checkpoint in run.checkpoints.values()),
+        "dtypes": dict(dtypes),
+        "size_bytes": size_bytes,
         "skipped": run.skipped,
     }
     if as_json:
@@ -31,8 +33,8 @@ def inspect(directory: RunLocation, trust_pickle: TrustPickle = False, as_json: 
         "base": facts["base"] or "not named by the run; give it with --base",
         "adapter": _listed(last.settings) if isinstance(last, AdapterCheckpoint) else "none: full weights",
         "steps": f"{len(run.steps)}: {short_list(run.steps)}",
-        "dtypes": ", ".join(f"{dtype} × {count}" for dtype, count in Counter(last.source.dtypes.values()).items()),
-        "size_bytes": size(sum(checkpoint.size_bytes() for checkpoint in run.checkpoints.values())),
+        "dtypes": ", ".join(f"{dtype} × {count}" for dtype, count in dtypes.items()),
+        "size_bytes": size(size_bytes),
         "skipped": "\n".join(f"{name}: {why}" for name, why in run.skipped.items()) or "none",
     }
     show_table("what is here", [{"": key.removesuffix("_bytes"), "value": value} for key, value in rows.items()])

@@ -71,11 +71,12 @@ def _release(run: Run, recording: Recording, watch: Watch) -> list[int]:
     """Remove the checkpoints whose factors are recorded, but for the newest ones: a trainer resumes from them."""
     if watch.keep is None:
         return []
-    older = run.steps[: len(run.steps) - watch.keep]
+    recorded = set(recording.steps())
+    older = [step for step in run.steps[: len(run.steps) - watch.keep] if step in recorded]
     released: list[int] = []
     for step in older:
         directory = run.directories[step]
-        if step not in recording.steps() or _age_s(directory) < watch.settle_s:
+        if _age_s(directory) < watch.settle_s:
             continue
         require_recorded(recording, step)
         aside = directory.with_name(f".{directory.name}{RELEASED}")
