@@ -172,6 +172,8 @@ class Recipe(_Section):
     task: TaskSection
     adapter: AdapterSection = AdapterSection()
     algorithm: AlgorithmSection = AlgorithmSection()
+    rewards: dict[str, float] = {"task": 1.0}
+    """Weights of the rewards that are added up: `task` its verdict, `format` one marked answer."""
     train: TrainSection
     record: RecordSection = RecordSection()
     leap: LeapSection | None = None

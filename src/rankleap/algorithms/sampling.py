@@ -119,4 +119,5 @@ class SamplingTrainer(same_epochs(GRPOTrainer)):
     def _calculate_rewards(self, *args: Any) -> Tensor:
         graded, self._graded = self._graded, None
         self._rewards_NF = super()._calculate_rewards(*args) if graded is None else graded
+        self._metrics["train"]["skipped"].append(self._rewards_NF.isnan().all(1).float().mean().item())
         return self._rewards_NF

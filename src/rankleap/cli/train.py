@@ -17,6 +17,12 @@ def train(
         list[str] | None, typer.Option("--set", help="Override one key: train.steps=100. May be repeated.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; default runs/NAME.")] = None,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reward", help="A reward of your own with its weight: package.module:function=0.5. May be repeated."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved recipe and what it would take; write nothing.")
     ] = False,
@@ -45,12 +51,29 @@ def train(
 
     from rankleap.cli.progress import StepProgress
 
-    training.train(resolved, directory, source=recipe.read_text(), callbacks=[] if as_json else [StepProgress()])
+    training.train(
+        resolved,
+        directory,
+        source=recipe.read_text(),
+        callbacks=[] if as_json else [StepProgress()],
+        rewards=dict(_own_reward(asked) for asked in reward or []),
+    )
     summary = _summary(directory)
     if as_json:
         show_json(summary)
     else:
         show_table(f"{directory}", [summary], note=f"next: rankleap leap {directory} --method window")
+
+
+def _own_reward(asked: str) -> tuple[str, tuple[str, float]]:
+    """Read ``package.module:function=0.5`` as a name, its path and its weight."""
+    from rankleap.errors import InputError
+
+    path, _, weight = asked.partition("=")
+    try:
+        return path.rpartition(":")[2], (path, float(weight or 1))
+    except ValueError:
+        raise InputError(f"--reward {asked!r}: the weight {weight!r} is no number") from None
 
 
 def _summary(directory: Path) -> dict[str, object]:

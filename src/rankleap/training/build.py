@@ -1,7 +1,7 @@
 """Builds what a recipe asks for: base model, adapter, rewards, and a TRL trainer whose settings are all said explicitly."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
-from trl.rewards.other_rewards import get_soft_overlong_punishment
 
 from rankleap.adapters import (
     adapter_callbacks,
@@ -54,6 +52,9 @@ from rankleap.records import Problem
 from rankleap.tasks import get_task
 from rankleap.tasks.grading import GraderPool
 from rankleap.tasks.task import MARKER
+from rankleap.training.rewards import BUILT_IN, reward_functions
+
+Rewards = Mapping[str, tuple[str, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +88,11 @@ def check(recipe: Recipe) -> None:
         raise RecipeError(f"recipe {recipe.name!r} cannot run:\n" + "\n".join(mistakes))
 
 
-def build(recipe: Recipe, out: Path, callbacks: Sequence[TrainerCallback] = ()) -> Built:
-    """Load, adapt and wire up; nothing but a teacher's samples is written yet. The caller closes ``pool``."""
+def build(recipe: Recipe, out: Path, rewards: Rewards | None = None) -> Built:
+    """Load, adapt and wire up; nothing but a teacher's samples is written yet. The caller closes ``pool``.
+
+    ``rewards`` are those of the user beside the recipe's, by name: an import path and a weight.
+    """
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     set_seed(recipe.seed)  # the adapter's random initialisation comes before the trainer seeds itself
@@ -104,15 +108,17 @@ def build(recipe: Recipe, out: Path, callbacks: Sequence[TrainerCallback] = ()) 
     problems = task.problems("train", recipe.task.train_problems)
     rows, lessons = _lessons(recipe, out, problems)
     pool = GraderPool(task)
+    settings: Any = trl_config(recipe, out)
     if get_algorithm(recipe.algorithm.name).learns_from == "rewards":
-        lessons["reward_funcs"] = _rewards(recipe, pool, problems)
+        lessons["reward_funcs"], weights = reward_functions(recipe, rewards or {}, pool, problems)
+        settings.reward_weights = weights
     trainer = with_adapter(get_algorithm(recipe.algorithm.name).trainer, adapter, recipe.adapter)(
         model=model,
-        args=trl_config(recipe, out),
+        args=settings,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=adapter.config(recipe.adapter, targets, recipe.train.steps),
-        callbacks=[*adapter_callbacks(adapter), *callbacks],
+        callbacks=adapter_callbacks(adapter),
         **lessons,
     )
     # The trainer injects the adapter and may wrap the model: only what it holds now will train.
@@ -239,23 +245,6 @@ def trl_config(recipe: Recipe, out: Path) -> TrainingArguments:
     return algorithm.config(**settings, **algorithm_settings(recipe.algorithm))
 
 
-def _rewards(recipe: Recipe, pool: GraderPool, problems: Sequence[Problem]) -> list[Callable[..., Any]]:
-    """The task's, and DAPO's overlong punishment (Eq. 13) where asked."""
-    longest, buffer = recipe.train.max_completion_tokens, recipe.algorithm.overlong_buffer
-    return [_reward(pool, problems), *([get_soft_overlong_punishment(longest, buffer)] if buffer else [])]
-
-
-def _reward(pool: GraderPool, problems: Sequence[Problem]) -> Callable[..., list[float | None]]:
-    by_id = {problem.id: problem for problem in problems}
-
-    # TRL passes every column of the dataset by name, and state of its own.
-    def reward(completions: list[str], problem_id: list[str], **_: object) -> list[float | None]:
-        pairs = [(text, by_id[which]) for text, which in zip(completions, problem_id, strict=True)]
-        return [verdict.score for verdict in pool.grade(pairs)]
-
-    return reward
-
-
 def _algorithm_misfits(recipe: Recipe) -> list[str]:
     asked, train, algorithm = recipe.algorithm, recipe.train, ALGORITHMS.get(recipe.algorithm.name)
     if algorithm is None:
@@ -269,11 +258,18 @@ def _algorithm_misfits(recipe: Recipe) -> list[str]:
         "dynamic_sampling": bool(asked.dynamic_sampling) and not algorithm.resamples,
         "teacher": asked.teacher is not None and not has_teacher,
     }
+    unknown = [name for name in recipe.rewards if name not in BUILT_IN]
     prompts = train.prompts_per_step * (train.completions_per_prompt if learns_from == "teacher" else 1)
     wrong = {
         f"algorithm.teacher: {asked.name} needs one": has_teacher and asked.teacher is None,
         f"algorithm.overlong_buffer: {asked.overlong_buffer} is more than train.max_completion_tokens = {longest}": (
             (asked.overlong_buffer or 0) > longest
+        ),
+        f"rewards: {asked.name} learns from none; leave them out": (
+            learns_from != "rewards" and recipe.rewards != {"task": 1.0}
+        ),
+        f"rewards: {', '.join(unknown)} does not exist; known: {', '.join(BUILT_IN)}, or your own by --reward": bool(
+            unknown
         ),
         # TRL drops a step that is not full, and would end without having taken one.
         f"task.train_problems: {problems} do not fill a step of {prompts} prompts": (

@@ -34,7 +34,7 @@ from rankleap.files import (
     write_manifest,
     write_text,
 )
-from rankleap.training.build import Built, build, check, round_trip
+from rankleap.training.build import Built, Rewards, build, check, round_trip
 from rankleap.training.recorder import TrajectoryRecorder
 from rankleap.training.reground import Leaper, leap_is_missing
 
@@ -53,6 +53,8 @@ METRICS = {
     "reward_std": "reward_std",
     # Share of groups whose rewards are all equal: they give no gradient.
     "frac_reward_zero_std": "no_signal",
+    # Share of completions to which no reward was given.
+    "skipped": "skipped",
     "resampled": "resampled",
     "loss": "loss",
     "value_loss": "value_loss",
@@ -104,13 +106,21 @@ class Plan:
     step_s: float | None
 
 
-def train(recipe: Recipe, out: Path, *, source: str | None = None, callbacks: Sequence[TrainerCallback] = ()) -> Path:
+def train(
+    recipe: Recipe,
+    out: Path,
+    *,
+    source: str | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    rewards: Rewards | None = None,
+) -> Path:
     """Train to the recipe's last step, resuming if ``out`` holds a part of this run; return ``out``.
 
+    ``rewards`` are the user's own beside the recipe's: name → (``package.module:function``, weight).
     ``source`` is the recipe file's text, kept verbatim. Raises ``RecipeError`` before anything is written if it cannot run.
     """
     check(recipe)
-    _require_same_run(recipe, out)
+    _require_same_run(recipe, out, rewards or {})
     resume_from = _resumable(out)
     trained = resume_from is not None and _step(resume_from) >= recipe.train.steps
     # Killed between its last checkpoint and the leap due there, or the round trip, a run still has work to do.
@@ -118,18 +128,23 @@ def train(recipe: Recipe, out: Path, *, source: str | None = None, callbacks: Se
         log.info("%s is complete at step %d", out, recipe.train.steps)
         return out
     with _quiet():
-        _run(recipe, out, source, callbacks, resume_from)
+        _run(recipe, out, source, callbacks, resume_from, rewards or {})
     return out
 
 
 def _run(
-    recipe: Recipe, out: Path, source: str | None, callbacks: Sequence[TrainerCallback], resume_from: Path | None
+    recipe: Recipe,
+    out: Path,
+    source: str | None,
+    callbacks: Sequence[TrainerCallback],
+    resume_from: Path | None,
+    rewards: Rewards,
 ) -> None:
     new = not out.exists()
-    built = build(recipe, out)
+    built = build(recipe, out, rewards)
     try:
         require_space(out, _plan(recipe, built, None).disk_bytes)
-        _describe(recipe, out, source, built)
+        _describe(recipe, out, source, built, rewards)
         for callback in _callbacks(recipe, out, built, callbacks):
             built.trainer.add_callback(callback)
         # Without tqdm Transformers prints its logs instead; they are in metrics.jsonl.
@@ -239,7 +254,7 @@ def _callbacks(recipe: Recipe, out: Path, built: Built, more: Sequence[TrainerCa
     return [MetricsLog(out / "metrics.jsonl"), *recorder, *leaper, *more]
 
 
-def _describe(recipe: Recipe, out: Path, source: str | None, built: Built) -> None:
+def _describe(recipe: Recipe, out: Path, source: str | None, built: Built, rewards: Rewards) -> None:
     if (out / "config.json").exists():
         return
     resolved = recipe.model_dump(mode="json")
@@ -253,13 +268,14 @@ def _describe(recipe: Recipe, out: Path, source: str | None, built: Built) -> No
         trainable=built.trainable,
         target_modules=built.targets,
         adapter_notes=adapter_notes(recipe),
+        own_rewards=rewards,
         seed=recipe.seed,
     )
     # Last, since its presence says that the rest is described.
     write_json(out / "config.json", resolved)
 
 
-def _require_same_run(recipe: Recipe, out: Path) -> None:
+def _require_same_run(recipe: Recipe, out: Path, rewards: Rewards) -> None:
     if not (out / "config.json").exists():
         return
     there, here = read_json(out / "config.json"), recipe.model_dump(mode="json")
@@ -269,6 +285,8 @@ def _require_same_run(recipe: Recipe, out: Path) -> None:
         for key in (value if isinstance(value, dict) else [section])
         if _get(there.get(section), key) != _get(value, key)
     ]
+    if {k: list(v) for k, v in rewards.items()} != read_json(out / "manifest.json").get("own_rewards", {}):
+        differing.append("your own rewards")
     if differing:
         raise InputError(
             f"{out} holds another run (it differs in {', '.join(differing)}); choose another --out, or delete it to start afresh"
