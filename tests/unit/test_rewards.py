@@ -167,6 +167,22 @@ def test_completions_without_any_reward_are_counted(name: str, share: float, alg
     assert read_json(out / "manifest.json")["own_rewards"] == {name: [f"{HERE}:{name}", 1.0]}
 
 
+@pytest.mark.parametrize(
+    "algorithm, own, said",
+    [
+        ("sft", {"words": (f"{HERE}:words", 1.0)}, "sft learns from none"),
+        ("grpo", {"task": (f"{HERE}:words", 1.0)}, "names other than task, format"),
+        ("grpo", {"words": (f"{HERE}:words", math.nan)}, "finite weights"),
+    ],
+)
+def test_rewards_of_ones_own_are_never_dropped_in_silence(
+    algorithm: str, own: dict[str, tuple[str, float]], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=said):
+        train(recipe(algorithm=algorithm), tmp_path / "run", rewards=own)
+    assert not (tmp_path / "run").exists()
+
+
 def test_no_reward_at_all_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="none is asked for"):
         build(recipe({}), tmp_path)
@@ -186,3 +202,13 @@ def test_the_command_line_takes_a_reward_and_refuses_a_weight_that_is_no_number(
     )
     with pytest.raises(SystemExit, match="2"):
         main(["train", str(file), "--reward", f"{HERE}:words=much"])
+
+
+def test_a_dry_run_asks_for_the_very_rewards_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text(
+        'name="t"\n[model]\nbase="bundled:sums"\n[task]\nname="sums"\n[train]\nsteps=1\nlearning_rate=1e-4\n'
+    )
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", str(file), "--dry-run", "--reward", f"{HERE}:absent"])
+    assert "has no attribute 'absent'" in capsys.readouterr().err

@@ -35,13 +35,14 @@ def train(
     directory = out or Path("runs") / resolved.name
     with extras("training"):
         import rankleap.training as training
+    own = dict(_own_reward(asked) for asked in reward or [])
     if dry_run:
         import tempfile
         from dataclasses import asdict
 
         # The trainer makes its directory when it is built, so a dry run builds it elsewhere.
         with tempfile.TemporaryDirectory() as scratch:
-            plan = training.plan(resolved, Path(scratch))
+            plan = training.plan(resolved, Path(scratch), rewards=own)
         if as_json:
             show_json({"recipe": resolved.model_dump(mode="json"), "plan": asdict(plan)})
             return
@@ -56,7 +57,7 @@ def train(
         directory,
         source=recipe.read_text(),
         callbacks=[] if as_json else [StepProgress()],
-        rewards=dict(_own_reward(asked) for asked in reward or []),
+        rewards=own,
     )
     summary = _summary(directory)
     if as_json:
@@ -66,12 +67,12 @@ def train(
 
 
 def _own_reward(asked: str) -> tuple[str, tuple[str, float]]:
-    """Read ``package.module:function=0.5`` as a name, its path and its weight."""
+    """Read ``package.module:function=0.5``; the path is also the name, so that two functions of one name stay apart."""
     from rankleap.errors import InputError
 
     path, _, weight = asked.partition("=")
     try:
-        return path.rpartition(":")[2], (path, float(weight or 1))
+        return path, (path, float(weight or 1))
     except ValueError:
         raise InputError(f"--reward {asked!r}: the weight {weight!r} is no number") from None
 

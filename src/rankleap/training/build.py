@@ -1,7 +1,8 @@
 """Builds what a recipe asks for: base model, adapter, rewards, and a TRL trainer whose settings are all said explicitly."""
 
+import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,7 @@ from rankleap.records import Problem
 from rankleap.tasks import get_task
 from rankleap.tasks.grading import GraderPool
 from rankleap.tasks.task import MARKER
-from rankleap.training.rewards import BUILT_IN, reward_functions
-
-Rewards = Mapping[str, tuple[str, float]]
+from rankleap.training.rewards import BUILT_IN, Rewards, reward_functions
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +67,11 @@ class Built:
     total: int
 
 
-def check(recipe: Recipe) -> None:
-    """Check what the recipe's types cannot: names, and numbers that must fit each other; all mistakes in one error."""
+def check(recipe: Recipe, rewards: Rewards | None = None) -> None:
+    """Check what the types cannot: names, and numbers that must fit each other; all mistakes in one error.
+
+    ``rewards`` are those of the user beside the recipe's.
+    """
     mistakes: list[str] = []
     checks: list[tuple[str, Callable[[], object]]] = [
         ("task.name", lambda: get_task(recipe.task.name)),
@@ -83,7 +85,10 @@ def check(recipe: Recipe) -> None:
             look_up()
         except RankleapError as error:
             mistakes.append(f"  {where}: {error}")
-    mistakes += [f"  {line}" for line in [*adapter_mistakes(recipe), *_algorithm_misfits(recipe), *_misfits(recipe)]]
+    mistakes += [
+        f"  {line}"
+        for line in [*adapter_mistakes(recipe), *_algorithm_misfits(recipe, rewards or {}), *_misfits(recipe)]
+    ]
     if mistakes:
         raise RecipeError(f"recipe {recipe.name!r} cannot run:\n" + "\n".join(mistakes))
 
@@ -245,7 +250,7 @@ def trl_config(recipe: Recipe, out: Path) -> TrainingArguments:
     return algorithm.config(**settings, **algorithm_settings(recipe.algorithm))
 
 
-def _algorithm_misfits(recipe: Recipe) -> list[str]:
+def _algorithm_misfits(recipe: Recipe, own: Rewards) -> list[str]:
     asked, train, algorithm = recipe.algorithm, recipe.train, ALGORITHMS.get(recipe.algorithm.name)
     if algorithm is None:
         return []
@@ -266,10 +271,13 @@ def _algorithm_misfits(recipe: Recipe) -> list[str]:
             (asked.overlong_buffer or 0) > longest
         ),
         f"rewards: {asked.name} learns from none; leave them out": (
-            learns_from != "rewards" and recipe.rewards != {"task": 1.0}
+            learns_from != "rewards" and (bool(own) or recipe.rewards != {"task": 1.0})
         ),
         f"rewards: {', '.join(unknown)} does not exist; known: {', '.join(BUILT_IN)}, or your own by --reward": bool(
             unknown
+        ),
+        f"rewards: your own need names other than {', '.join(BUILT_IN)}, and finite weights": not all(
+            name not in BUILT_IN and math.isfinite(weight) for name, (_, weight) in own.items()
         ),
         # TRL drops a step that is not full, and would end without having taken one.
         f"task.train_problems: {problems} do not fill a step of {prompts} prompts": (

@@ -20,15 +20,17 @@ from rankleap.tasks.grading import GraderPool
 from rankleap.tasks.task import MARKER, final_answer
 
 Reward = Callable[..., list[float | None]]
+Rewards = Mapping[str, tuple[str, float]]
+"""A user's own rewards by name: an import path ``package.module:function`` and a weight."""
 BUILT_IN = ("task", "format")
 SHOWN = 300
 """Characters of a prompt or completion in an error."""
 
 
 def reward_functions(
-    recipe: Recipe, own: Mapping[str, tuple[str, float]], pool: GraderPool, problems: Sequence[Problem]
+    recipe: Recipe, own: Rewards, pool: GraderPool, problems: Sequence[Problem]
 ) -> tuple[list[Reward], list[float]]:
-    """Functions for TRL and their weights; ``own`` maps a name to an import path ``package.module:function`` and a weight."""
+    """Functions for TRL and their weights: the recipe's, and the user's ``own``."""
     if not recipe.rewards and not own:
         raise RecipeError("rewards: none is asked for; name at least one, or leave the section out for the task's")
     named: dict[str, Reward] = {"task": _task(pool, problems), "format": _format}

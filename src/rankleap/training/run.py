@@ -34,9 +34,10 @@ from rankleap.files import (
     write_manifest,
     write_text,
 )
-from rankleap.training.build import Built, Rewards, build, check, round_trip
+from rankleap.training.build import Built, build, check, round_trip
 from rankleap.training.recorder import TrajectoryRecorder
 from rankleap.training.reground import Leaper, leap_is_missing
+from rankleap.training.rewards import Rewards
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ def train(
     ``rewards`` are the user's own beside the recipe's: name → (``package.module:function``, weight).
     ``source`` is the recipe file's text, kept verbatim. Raises ``RecipeError`` before anything is written if it cannot run.
     """
-    check(recipe)
+    check(recipe, rewards)
     _require_same_run(recipe, out, rewards or {})
     resume_from = _resumable(out)
     trained = resume_from is not None and _step(resume_from) >= recipe.train.steps
@@ -200,15 +201,15 @@ def _quiet() -> Iterator[None]:
         enable_progress_bars()
 
 
-def plan(recipe: Recipe, scratch: Path, measure_steps: int = 3) -> Plan:
+def plan(recipe: Recipe, scratch: Path, measure_steps: int = 3, rewards: Rewards | None = None) -> Plan:
     """What the recipe would take, with the seconds of a step measured on real steps in ``scratch``; the first is a warm-up."""
-    check(recipe)
+    check(recipe, rewards)
     short = recipe.model_copy(
         update={"train": recipe.train.model_copy(update={"steps": measure_steps, "save_every": 10**9})}
     )
     clock = _Clock()
     with _quiet():
-        built = build(short, scratch)
+        built = build(short, scratch, rewards)
         try:
             if built.total <= MEASURED_UP_TO or torch.cuda.is_available():
                 built.trainer.add_callback(clock)
