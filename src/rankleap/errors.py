@@ -18,6 +18,8 @@ A message says what was needed, what came, where, and what to do.
 
 import difflib
 from collections.abc import Iterable
+from types import TracebackType
+from typing import Self
 
 
 class RankleapError(Exception):
@@ -87,3 +89,17 @@ class NotFiniteError(InputError):
 
 class DiskSpaceError(InputError):
     """Not enough room on the disk for what is about to be written."""
+
+
+class Caught:
+    """A block whose exception is kept in ``error`` instead of raised; exits and interrupts pass."""
+
+    error: Exception | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        if isinstance(error, Exception):
+            self.error = error
+        return self.error is not None

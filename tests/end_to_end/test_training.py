@@ -18,6 +18,7 @@ from rankleap.errors import BaseMismatchError, InputError, RecipeError
 from rankleap.files import read_json, read_jsonl
 from rankleap.training import TrajectoryRecorder, plan, train
 from rankleap.trajectory import RecordedTrajectory, recording_of, run_trajectory
+from recipes import changed
 
 STEPS = 8
 
@@ -46,13 +47,7 @@ def recipe(**changes: Any) -> Recipe:
             "max_norm_ratio": 100,
         },
     }
-    for dotted, value in changes.items():
-        section, _, key = dotted.partition("__")
-        if key:
-            values[section] = {**values[section], key: value}
-        else:
-            values[section] = value
-    return make_recipe({k: v for k, v in values.items() if v is not None}, "test")
+    return changed(values, **changes)
 
 
 def losses(out: Path) -> list[tuple[int, float, float]]:

@@ -29,10 +29,11 @@ from rankleap.adapters import (
 from rankleap.adapters.optimizer import orthogonality, require_optimizer
 from rankleap.checkpoints import AdapterCheckpoint, FullCheckpoint, dense, open_checkpoint, resolve_base
 from rankleap.cli.doctor import doctor
-from rankleap.config import AdapterSection, Recipe, make_recipe
+from rankleap.config import AdapterSection, Recipe
 from rankleap.errors import RecipeError, RunError
 from rankleap.files import read_json, read_jsonl, write_json
 from rankleap.training import train
+from recipes import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type")
 TARGETS = ("q_proj", "v_proj", "down_proj")
@@ -40,34 +41,15 @@ TOKENS = torch.arange(24).reshape(2, 12)
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
 
 
-def recipe(method: str, *, steps: int = 3, base: str = "bundled:sums", **changes: Any) -> Recipe:
-    values: dict[str, Any] = {
-        "name": method,
-        "model": {"base": base},
-        "task": {"name": "sums", "train_problems": 32, "validation_problems": 4, "test_problems": 2},
-        "adapter": {"method": method, "rank": 4, "alpha": 8},
-        "train": {
-            "steps": steps,
-            "learning_rate": 1e-3,
-            "prompts_per_step": 4,
-            "completions_per_prompt": 8,
-            "max_completion_tokens": 16,
-            "save_every": 1,
-            "threads": 1,
-        },
-        "algorithm": {},
-    }
-    for dotted, value in changes.items():
-        section, _, key = dotted.partition("__")
-        values[section] = {**values[section], key: value} if key else value
-    return make_recipe(values, "test")
+def recipe(method: str, **changes: Any) -> Recipe:
+    return tiny(adapter__method=method, **changes)
 
 
 REFUSED = {
     "LoRA-FA with use_dora": recipe("lorafa", adapter__options={"use_dora": True}),
     "PiSSA or MiLoRA with dropout": recipe("milora", adapter__dropout=0.1),
     "init_lora_weights that changes": recipe("lora", adapter__options={"init_lora_weights": "pissa_niter_4"}),
-    "AdaLoRA without a step budget": recipe("adalora", steps=4, adapter__options={"tinit": 1, "tfinal": 2}),
+    "AdaLoRA without a step budget": recipe("adalora", train__steps=4, adapter__options={"tinit": 1, "tfinal": 2}),
     "[leap] with an adapter whose": recipe("hira", leap={"every": 1}),
     "an adapter on FSDP2": recipe("lora"),
 }
@@ -92,7 +74,7 @@ def test_every_refusal_of_the_table_is_tried() -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 10])
 def test_adalora_s_own_schedule_fits_runs_of_two_steps_and_more(steps: int) -> None:
-    assert bool(adapter_mistakes(recipe("adalora", steps=steps))) == (steps < 2)
+    assert bool(adapter_mistakes(recipe("adalora", train__steps=steps))) == (steps < 2)
 
 
 def test_nothing_to_prune_is_refused() -> None:
@@ -102,7 +84,7 @@ def test_nothing_to_prune_is_refused() -> None:
 @pytest.mark.parametrize(("rate", "warned"), [(1e-7, True), (1e-6, False), (1e-3, False), (2e-3, True)])
 def test_a_far_off_learning_rate_is_warned_of(rate: float, warned: bool, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        assert adapter_mistakes(recipe("lora", base="some/8B", train__learning_rate=rate)) == []
+        assert adapter_mistakes(recipe("lora", model__base="some/8B", train__learning_rate=rate)) == []
     assert ("begin at the preset" in caplog.text) == warned
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rankleap.cli import main
-from rankleap.config import Recipe, make_recipe
+from rankleap.config import Recipe
 from rankleap.errors import InputError, RecipeError, RunError
 from rankleap.files import read_json, read_jsonl
 from rankleap.records import Problem
@@ -16,30 +16,19 @@ from rankleap.tasks.grading import GraderPool
 from rankleap.training import train
 from rankleap.training.build import build, check
 from rankleap.training.rewards import import_reward, reward_functions
+from recipes import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 HERE = "test_rewards"
 
 
 def recipe(rewards: dict[str, float] | None = None, algorithm: str = "grpo", **of_algorithm: Any) -> Recipe:
-    return make_recipe(
-        {
-            "name": "t",
-            "model": {"base": "bundled:sums"},
-            "task": {"name": "sums", "train_problems": 16},
-            "algorithm": {"name": algorithm, **of_algorithm},
-            "train": {
-                "steps": 2,
-                "learning_rate": 1e-4,
-                "prompts_per_step": 2,
-                "completions_per_prompt": 2,
-                "max_completion_tokens": 16,
-                "save_every": 1,
-                "threads": 1,
-            },
-            **({} if rewards is None else {"rewards": rewards}),
-        },
-        "test",
+    return tiny(
+        rewards=rewards,
+        algorithm={"name": algorithm, **of_algorithm},
+        train__steps=2,
+        train__prompts_per_step=2,
+        train__completions_per_prompt=2,
     )
 
 

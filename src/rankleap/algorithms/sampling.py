@@ -70,7 +70,10 @@ class SamplingTrainer(same_epochs(GRPOTrainer)):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if self.args.max_resample and self.model.training:
             inputs = self._draw(inputs)
-        return super()._generate_and_score_completions(inputs)
+        output = super()._generate_and_score_completions(inputs)
+        # Of the batch that trains, not of what dynamic sampling drew and left.
+        self._metrics["train"]["skipped"].append(self._rewards_NF.isnan().all(1).float().mean().item())
+        return output
 
     def _draw(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Draw until every group has signal; TRL then finds this batch, drawn and graded, instead of drawing its own."""
@@ -119,5 +122,4 @@ class SamplingTrainer(same_epochs(GRPOTrainer)):
     def _calculate_rewards(self, *args: Any) -> Tensor:
         graded, self._graded = self._graded, None
         self._rewards_NF = super()._calculate_rewards(*args) if graded is None else graded
-        self._metrics["train"]["skipped"].append(self._rewards_NF.isnan().all(1).float().mean().item())
         return self._rewards_NF

@@ -27,10 +27,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
-from types import TracebackType
 from typing import Literal, Self, TypeVar
 
-from rankleap.errors import InputError, RunError
+from rankleap.errors import Caught, InputError, RunError
 from rankleap.records import Problem, Verdict
 from rankleap.tasks.task import Task
 
@@ -219,24 +218,10 @@ def _grade_one(task: Task, completion: str, problem: Problem) -> Verdict:
 def _attempt(function: Callable[..., T], *arguments: object) -> tuple[T | None, str | None]:
     """Return (result, None), or (None, what was raised); exits and interrupts pass."""
     result = None
-    with _Guard() as guard:
+    with Caught() as caught:
         result = function(*arguments)
-    return result, guard.fault
-
-
-class _Guard:
-    """A block whose exceptions become ``fault``, a line of text for the parent."""
-
-    fault: str | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
-        if isinstance(error, Exception):
-            # Cut short, for a message may quote a completion of any length.
-            self.fault = f"{type(error).__name__}: {error}"[:500]
-        return self.fault is not None
+    # Cut short, for a message may quote a completion of any length.
+    return result, f"{type(caught.error).__name__}: {caught.error}"[:500] if caught.error else None
 
 
 def _limit_memory() -> None:

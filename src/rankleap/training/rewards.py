@@ -8,13 +8,12 @@ with the sample it failed on: a reward that is silently wrong would be learned.
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from trl.rewards.other_rewards import get_soft_overlong_punishment
 
 from rankleap.config import Recipe
-from rankleap.errors import InputError, RecipeError, RunError
+from rankleap.errors import Caught, InputError, RecipeError, RunError
 from rankleap.records import Problem
 from rankleap.tasks.grading import GraderPool
 from rankleap.tasks.task import MARKER, final_answer
@@ -79,12 +78,14 @@ def _checked(name: str, function: Reward) -> Reward:
 
     def reward(**columns: Any) -> list[float | None]:
         count = len(columns["completions"])
-        with _Caught() as together:
+        with Caught() as together:
             return _numbers(function(**columns), count)
+        if isinstance(together.error, RunError):
+            raise together.error  # a grader pool's own failure says already what is wrong
         # Only now one by one: most functions are far faster on a batch.
         for i in range(count):
             row = {k: [v[i]] if isinstance(v, list) and len(v) == count else v for k, v in columns.items()}
-            with _Caught() as alone:
+            with Caught() as alone:
                 _numbers(function(**row), 1)
             if alone.error:
                 sample = ", ".join(f"{k} {str(row[k][0])[:SHOWN]!r}" for k in ("prompts", "completions"))
@@ -108,18 +109,3 @@ def _numbers(found: object, count: int) -> list[float | None]:
 
 def _say(error: Exception | None) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-class _Caught:
-    """A block whose exception is kept in ``error`` instead of raised; ours and interrupts pass."""
-
-    error: Exception | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
-        # A grader pool's own failure says already what is wrong.
-        if isinstance(error, Exception) and not isinstance(error, RunError):
-            self.error = error
-        return self.error is not None
