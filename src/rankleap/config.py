@@ -115,6 +115,8 @@ class TrainSection(_Section):
     """Longest completion."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature of the rollouts."""
+    agreement_every: int = Field(default=50, ge=0)
+    """Steps between comparisons of the sampler's log-probabilities with the trainer's (not for RLOO); 0 for none."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this norm."""
     gradient_checkpointing: bool = False
@@ -173,7 +175,8 @@ class Recipe(_Section):
     adapter: AdapterSection = AdapterSection()
     algorithm: AlgorithmSection = AlgorithmSection()
     rewards: dict[str, float] = {"task": 1.0}
-    """Weights of the rewards that are added up: `task` its verdict, `format` one marked answer."""
+    """Weights of the rewards that are added up: `task` its verdict, `format` one marked answer,
+    `repetition` (negative) of token 3-grams."""
     train: TrainSection
     record: RecordSection = RecordSection()
     leap: LeapSection | None = None

@@ -188,6 +188,9 @@ def test_another_recipe_in_the_same_directory_is_refused_by_the_key_that_differs
     other = chosen.model_copy(update={"train": chosen.train.model_copy(update={"learning_rate": 2e-3})})
     with pytest.raises(InputError, match=r"differs in train\.learning_rate"):
         train(other, out)
+    # A section that is there on one side alone.
+    with pytest.raises(InputError, match=r"differs in .*leap\.every"):
+        train(chosen.model_copy(update={"leap": None}), out)
 
 
 def test_a_recipe_that_cannot_run_lists_every_reason_and_writes_nothing(tmp_path: Path) -> None:

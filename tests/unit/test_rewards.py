@@ -92,6 +92,14 @@ def test_format_asks_for_one_marked_answer_and_not_for_a_right_one(text: str, ea
         assert function(prompts=[""], completions=[text], problem_id=["0"]) == [earned]
 
 
+def test_repetition_takes_off_the_share_of_token_trigrams_that_occurred_before() -> None:
+    with GraderPool(get_task("sums")) as pool:
+        (reward,), weights = reward_functions(recipe({"repetition": 0.5}), {}, pool, [])
+    ids = [[1, 2, 3, 4, 5], [1, 2, 1, 2, 1], [7, 7, 7, 7, 7, 7], [1, 2]]
+    found = reward(prompts=[""] * 4, completions=[""] * 4, completion_ids=ids)
+    assert found == pytest.approx([0, 2 / 3 - 1, 1 / 4 - 1, 0]) and weights == [0.5]
+
+
 def test_a_function_of_ones_own_is_called_with_the_batch() -> None:
     assert called(f"{HERE}:words", ["a b", "", "c"]) == [2.0, 0.0, 1.0]
 
@@ -129,7 +137,7 @@ def test_a_reward_that_is_not_there_is_refused(path: str, said: str) -> None:
 
 
 def test_rewards_that_do_not_exist_or_teach_nothing_are_refused() -> None:
-    with pytest.raises(RecipeError, match="formt does not exist; known: task, format"):
+    with pytest.raises(RecipeError, match=r"'formt' does not exist; did you mean 'format'\?"):
         check(recipe({"task": 1.0, "formt": 1.0}))
     with pytest.raises(RecipeError, match="sft learns from none"):
         check(recipe({"format": 1.0}, "sft"))

@@ -7,19 +7,31 @@ after that stays in the batch and is counted in ``no_signal``; ``resampled`` cou
 
 How we differ: only the groups that are missing are drawn, not whole batches; there is a cap; prompts are drawn with
 replacement. The logged reward is that of the batch that trains, so it is no measure of the model.
+
+Every ``agreement_every`` steps, what the sampler drew with is held against what trains: the log-probability of each sampled token
+as the sampler had it (KV cache, evaluation mode, or vLLM) and in the trainer's own forward pass. Where they part, ρ is not 1
+at the first update and the gradient is that of another policy than the one that was sampled.
 Shapes: N completions of one process, F reward functions, K groups drawn anew.
 """
 
+import logging
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from rankleap.config import AlgorithmSection
 
+log = logging.getLogger(__name__)
+
+MOST_APART = 0.05
+"""Mean |Δ log-probability| of a token that is worth a warning: a quarter of the usual clip range."""
 PUNISHMENT = "soft_overlong_punishment_reward"
 """TRL's name of the length term; lengths that differ are no signal about the answer."""
 
@@ -29,6 +41,8 @@ class SamplingConfig(GRPOConfig):
     """TRL's settings, and how often a step may draw groups anew; 0 turns dynamic sampling off."""
 
     max_resample: int = 0
+    agreement_every: int = 0
+    """Steps between two comparisons of sampler and trainer; 0 for none."""
 
 
 def settings(recipe: AlgorithmSection, by_default: bool = False) -> dict[str, Any]:
@@ -38,7 +52,7 @@ def settings(recipe: AlgorithmSection, by_default: bool = False) -> dict[str, An
 
 
 def same_epochs(trainer: type[Any]) -> type[Any]:
-    """One of TRL's trainers that sample, whose prompts are the same after a resume: TRL's generator starts again there."""
+    """One of TRL's trainers that sample, clocked; its prompts are the same after a resume, where TRL's generator starts again."""
 
     class SameEpochs(trainer):
         def _get_train_sampler(self, dataset: Any = None) -> Any:
@@ -46,8 +60,48 @@ def same_epochs(trainer: type[Any]) -> type[Any]:
             sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(sampler.seed + epoch)
             return sampler
 
+        def _generate(self, prompts: list[Any]) -> Any:
+            return self._clocked("rollout_s", super()._generate, prompts)
+
+        def _calculate_rewards(self, *args: Any) -> Tensor:
+            return self._clocked("reward_s", super()._calculate_rewards, *args)
+
+        def _clocked(self, phase: str, work: Callable[..., Any], *args: Any) -> Any:
+            start_s, done = time.perf_counter(), work(*args)
+            # One number, since TRL would log the mean of a step's several draws.
+            self._metrics["train"][phase] = [sum(self._metrics["train"][phase]) + time.perf_counter() - start_s]
+            return done
+
     SameEpochs.__name__ = trainer.__name__
     return SameEpochs
+
+
+class _Overheard:
+    """While open, notes the log-probability of each token that ``model.generate`` draws, from its own forward passes."""
+
+    def __init__(self, model: nn.Module, temperature: float) -> None:
+        self._model, self._temperature = model, temperature
+        self._logps: list[Tensor] = []
+        self._next = torch.empty(0)
+
+    def __enter__(self) -> Self:
+        self._hook = self._model.register_forward_hook(self._hear, with_kwargs=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+    def _hear(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        # What a pass predicted is known by what the next one is fed.
+        if len(self._next):
+            token_N1 = kwargs["input_ids"][:, -1:]
+            self._logps.append(self._next.gather(1, token_N1))
+        self._next = (output.logits[:, -1].float() / self._temperature).log_softmax(-1)
+
+    def of(self, completion_ids: list[list[int]]) -> list[list[float | None]]:
+        """A row for each completion; ``None`` for the last token of the longest, which is fed to no pass."""
+        rows = torch.cat(self._logps, dim=1).tolist() if self._logps else [[] for _ in completion_ids]
+        return [[*row, None][: len(ids)] for row, ids in zip(rows, completion_ids, strict=True)]
 
 
 class SamplingTrainer(same_epochs(GRPOTrainer)):
@@ -58,6 +112,7 @@ class SamplingTrainer(same_epochs(GRPOTrainer)):
         self._drawn: tuple[Any, ...] | None = None
         self._graded: Tensor | None = None
         self._rewards_NF = torch.empty(0)
+        self._warned = False
 
     def rewards(self) -> Tensor:
         """Weighted reward of each completion of the batch, over all processes; NaN where no function gave one."""
@@ -73,7 +128,49 @@ class SamplingTrainer(same_epochs(GRPOTrainer)):
         output = super()._generate_and_score_completions(inputs)
         # Of the batch that trains, not of what dynamic sampling drew and left.
         self._metrics["train"]["skipped"].append(self._rewards_NF.isnan().all(1).float().mean().item())
+        if self._agreement_is_due() and "sampling_per_token_logps" in output:
+            self._compare(output)
         return output
+
+    def _agreement_is_due(self) -> bool:
+        every = self.args.agreement_every
+        # Completions are drawn at every num_iterations-th step alone.
+        return bool(every) and self.model.training and self.state.global_step % every < self.num_iterations
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        if self.use_vllm or not self._agreement_is_due():
+            return super()._generate_single_turn(*args, **kwargs)
+        live = self.accelerator.unwrap_model(self.model)
+        with _Overheard(live.get_base_model() if isinstance(live, PeftModel) else live, self.temperature) as sampler:
+            completion_ids, _ = super()._generate_single_turn(*args, **kwargs)
+        return completion_ids, sampler.of(completion_ids)
+
+    @torch.no_grad()
+    def _compare(self, output: dict[str, Any]) -> None:
+        ids, mask = (
+            torch.cat([output[f"{part}_{kind}"] for part in ("prompt", "completion")], dim=1)
+            for kind in ("ids", "mask")
+        )
+        completion_NT = output["completion_mask"]
+        trainer_NT = self._get_per_token_logps_and_entropies(
+            self.model, ids, mask, completion_NT.shape[1], self.args.per_device_train_batch_size
+        )[0]
+        apart_NT = (trainer_NT - output["sampling_per_token_logps"]).abs()
+        apart = apart_NT[completion_NT.bool() & ~apart_NT.isnan()]
+        if not len(apart):
+            return
+        mean, most = apart.mean().item(), apart.max().item()
+        self._metrics["train"]["logp_gap"].append(mean)
+        self._metrics["train"]["logp_gap_max"].append(most)
+        if not mean <= MOST_APART and not self._warned:
+            self._warned = True
+            log.warning(
+                "step %d: sampler and trainer part by %.3f nats a token (at most %.3f); turn off dropout, use one precision for "
+                "both (model.dtype), or correct for it by importance sampling",
+                self.state.global_step,
+                mean,
+                most,
+            )
 
     def _draw(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Draw until every group has signal; TRL then finds this batch, drawn and graded, instead of drawing its own."""

@@ -76,8 +76,7 @@ def _score(arm: Arm) -> list[dict[str, Any]]:
             leap = leaps.get(step, {})
             directory = arm.out / leap["directory"] if leap.get("accepted") else run.checkpoints[step].directory
             found = scorer.score(f"step-{step}", effective_weights(open_checkpoint(directory), base))
-            # The row of a step is logged before its leap is tried, so that leap's seconds are added here.
-            wall_s = logged_s[step] + leap.get("wall_s", 0.0)
+            wall_s = logged_s[step]
             curve.append(
                 {"step": step, "wall_s": wall_s, "weights": "leap" if leap.get("accepted") else "checkpoint", **found}
             )

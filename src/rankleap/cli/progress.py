@@ -32,7 +32,9 @@ class StepProgress(TrainerCallback):
         logs = kwargs.get("logs")
         # The closing summary of a training has no loss.
         if isinstance(logs, dict) and "loss" in logs:
-            now = float(logs.get("reward", self._reward or 0.0))
+            reward = logs.get("reward")
+            # None also where no completion earned one.
+            now = float(self._reward or 0.0) if reward is None else float(reward)
             self._reward = now if self._reward is None else 0.9 * self._reward + 0.1 * now
             what = f"reward {self._reward:.3f}" if "reward" in logs else f"loss {float(logs['loss']):.3f}"
             self._bar.update(self._task, completed=state.global_step, description=what)

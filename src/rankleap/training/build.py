@@ -32,6 +32,7 @@ from rankleap.adapters import (
     with_adapter,
 )
 from rankleap.algorithms import ALGORITHMS, algorithm_settings, get_algorithm
+from rankleap.algorithms.sampling import SamplingConfig
 from rankleap.checkpoints import (
     AdapterCheckpoint,
     FullCheckpoint,
@@ -43,7 +44,7 @@ from rankleap.checkpoints import (
 )
 from rankleap.checkpoints.write import write_adapter
 from rankleap.config import Recipe
-from rankleap.errors import InputError, RankleapError, RecipeError
+from rankleap.errors import InputError, RankleapError, RecipeError, UnknownNameError
 from rankleap.evaluation import Sampling
 from rankleap.evaluation.evaluate import evaluate, load_model
 from rankleap.evaluation.saved import read_samples
@@ -247,6 +248,8 @@ def trl_config(recipe: Recipe, out: Path) -> TrainingArguments:
     if algorithm.learns_from == "rewards":
         settings |= {"num_generations": train.completions_per_prompt, "num_iterations": recipe.algorithm.iterations}
         settings["beta"] = recipe.algorithm.beta
+    if issubclass(algorithm.config, SamplingConfig):
+        settings["agreement_every"] = train.agreement_every
     return algorithm.config(**settings, **algorithm_settings(recipe.algorithm))
 
 
@@ -263,7 +266,6 @@ def _algorithm_misfits(recipe: Recipe, own: Rewards) -> list[str]:
         "dynamic_sampling": bool(asked.dynamic_sampling) and not algorithm.resamples,
         "teacher": asked.teacher is not None and not has_teacher,
     }
-    unknown = [name for name in recipe.rewards if name not in BUILT_IN]
     prompts = train.prompts_per_step * (train.completions_per_prompt if learns_from == "teacher" else 1)
     wrong = {
         f"algorithm.teacher: {asked.name} needs one": has_teacher and asked.teacher is None,
@@ -273,9 +275,10 @@ def _algorithm_misfits(recipe: Recipe, own: Rewards) -> list[str]:
         f"rewards: {asked.name} learns from none; leave them out": (
             learns_from != "rewards" and (bool(own) or recipe.rewards != {"task": 1.0})
         ),
-        f"rewards: {', '.join(unknown)} does not exist; known: {', '.join(BUILT_IN)}, or your own by --reward": bool(
-            unknown
-        ),
+        **{
+            f"rewards: {UnknownNameError('reward', name, BUILT_IN)} (your own come by --reward)": name not in BUILT_IN
+            for name in recipe.rewards
+        },
         f"rewards: your own need names other than {', '.join(BUILT_IN)}, and finite weights": not all(
             name not in BUILT_IN and math.isfinite(weight) for name, (_, weight) in own.items()
         ),

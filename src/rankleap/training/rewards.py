@@ -1,4 +1,7 @@
-"""What a completion earns: the weighted sum of the task's verdict, form, length, and functions of the user's own.
+"""What a completion earns: the weighted sum of the task's verdict, form, length, repetition, and functions of the user's own.
+
+    format       1 for exactly one marked answer, else 0
+    repetition   (different 3-grams of tokens) / (all 3-grams) - 1 (2502.03373, C.2)
 
 A user's function has TRL's signature, ``(prompts, completions, **columns) -> list[float | None]``; ``None`` gives none, and a
 completion without any is left out and counted in ``skipped``. A function that raises, or gives something else, stops the run
@@ -10,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from trl.rewards.other_rewards import get_soft_overlong_punishment
+from trl.rewards.other_rewards import get_repetition_penalty_reward, get_soft_overlong_punishment
 
 from rankleap.config import Recipe
 from rankleap.errors import Caught, InputError, RecipeError, RunError
@@ -21,7 +24,7 @@ from rankleap.tasks.task import MARKER, final_answer
 Reward = Callable[..., list[float | None]]
 Rewards = Mapping[str, tuple[str, float]]
 """A user's own rewards by name: an import path ``package.module:function`` and a weight."""
-BUILT_IN = ("task", "format")
+BUILT_IN = ("task", "format", "repetition")
 SHOWN = 300
 """Characters of a prompt or completion in an error."""
 
@@ -32,7 +35,11 @@ def reward_functions(
     """Functions for TRL and their weights: the recipe's, and the user's ``own``."""
     if not recipe.rewards and not own:
         raise RecipeError("rewards: none is asked for; name at least one, or leave the section out for the task's")
-    named: dict[str, Reward] = {"task": _task(pool, problems), "format": _format}
+    named: dict[str, Any] = {
+        "task": _task(pool, problems),
+        "format": _format,
+        "repetition": get_repetition_penalty_reward(),
+    }
     weights = {**recipe.rewards, **{name: weight for name, (_, weight) in own.items()}}
     functions = {name: named[name] for name in recipe.rewards} | {n: import_reward(p) for n, (p, _) in own.items()}
     rewards, factors = [_checked(name, function) for name, function in functions.items()], list(weights.values())
@@ -61,9 +68,17 @@ def _task(pool: GraderPool, problems: Sequence[Problem]) -> Reward:
     by_id = {problem.id: problem for problem in problems}
 
     # TRL passes every column of the dataset by name, and state of its own.
-    def reward(completions: list[str], problem_id: list[str], **_: object) -> list[float | None]:
-        pairs = [(text, by_id[which]) for text, which in zip(completions, problem_id, strict=True)]
-        return [verdict.score for verdict in pool.grade(pairs)]
+    def reward(
+        completions: list[str],
+        problem_id: list[str],
+        log_metric: Callable[[str, float], None] = lambda *_: None,
+        **_: object,
+    ) -> list[float | None]:
+        verdicts = pool.grade([(text, by_id[which]) for text, which in zip(completions, problem_id, strict=True)])
+        for verdict in verdicts:
+            log_metric("grader_failures", float(verdict.how in ("timeout", "grader_error")))
+            log_metric("unparsable", float(verdict.how == "unparsable"))
+        return [verdict.score for verdict in verdicts]
 
     return reward
 

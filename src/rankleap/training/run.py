@@ -12,12 +12,13 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import disable_progress_bars, enable_progress_bars
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.utils import logging as transformers_logging
 
 from rankleap.adapters import adapter_notes, get_adapter
@@ -25,16 +26,14 @@ from rankleap.checkpoints import resolve_base
 from rankleap.config import Recipe
 from rankleap.errors import DiskSpaceError, InputError
 from rankleap.files import (
-    append_jsonl,
     read_json,
-    read_jsonl,
     require_space,
     write_json,
-    write_jsonl,
     write_manifest,
     write_text,
 )
 from rankleap.training.build import Built, build, check, round_trip
+from rankleap.training.metrics import Lap, MetricsLog
 from rankleap.training.recorder import TrajectoryRecorder
 from rankleap.training.reground import Leaper, leap_is_missing
 from rankleap.training.rewards import Rewards
@@ -47,51 +46,6 @@ LARGEST_ROUND_TRIP = 1e-3
 """Relative difference of logits between the trained model and what was saved of it that is worth a warning."""
 ADAM_BYTES = 8
 """Two float32 moments for each trained parameter."""
-
-
-METRICS = {
-    "reward": "reward",
-    "reward_std": "reward_std",
-    # Share of groups whose rewards are all equal: they give no gradient.
-    "frac_reward_zero_std": "no_signal",
-    # Share of completions to which no reward was given.
-    "skipped": "skipped",
-    "resampled": "resampled",
-    "loss": "loss",
-    "value_loss": "value_loss",
-    "grad_norm": "grad_norm",
-    "kl": "kl",
-    "entropy": "entropy",
-    "learning_rate": "learning_rate",
-    "num_tokens": "tokens",
-    "completions/mean_length": "completion_tokens",
-    "completions/clipped_ratio": "truncated",
-}
-"""Columns of ``metrics.jsonl`` by TRL's names for them."""
-
-
-@dataclass
-class MetricsLog(TrainerCallback):
-    """Appends each step's metrics to ``path`` with ``wall_s``, the seconds of training so far, which a resume carries on."""
-
-    path: Path
-    _zero_s: float = field(default=0.0, init=False)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        """Keep what lies before the step that training starts from."""
-        kept = [row for row in read_jsonl(self.path) if row["step"] <= state.global_step] if self.path.exists() else []
-        write_jsonl(self.path, kept)
-        self._zero_s = time.perf_counter() - (kept[-1]["wall_s"] if kept else 0.0)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
-        """Append a row; the trainer's closing summary, which has no loss of a step, is left out."""
-        logs = kwargs.get("logs")
-        if isinstance(logs, dict) and "loss" in logs:
-            row = {ours: logs[theirs] for theirs, ours in METRICS.items() if theirs in logs}
-            wall_s = round(time.perf_counter() - self._zero_s, 3)
-            append_jsonl(self.path, {"step": state.global_step, "wall_s": wall_s, **row})
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +123,7 @@ def _finish(trainer: Trainer, last: Path) -> None:
     trainer.state, handler = TrainerState.load_from_json(str(last / "trainer_state.json")), trainer.callback_handler
     handler.optimizer = trainer.create_optimizer()
     handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+    handler.on_train_end(trainer.args, trainer.state, trainer.control)
 
 
 def _record_round_trip(recipe: Recipe, out: Path, built: Built) -> None:
@@ -252,7 +207,8 @@ def _callbacks(recipe: Recipe, out: Path, built: Built, more: Sequence[TrainerCa
     recorder = [TrajectoryRecorder(out / "trajectory", recipe.model.base, recipe.record.rank)] if readable else []
     # The recorder comes before the leaper: factors of a step are those that training reached.
     leaper = [Leaper(recipe, out, built.pool)] if recipe.leap else []
-    return [MetricsLog(out / "metrics.jsonl"), *recorder, *leaper, *more]
+    metrics = MetricsLog(out / "metrics.jsonl")
+    return [metrics, *recorder, Lap(metrics, "record_s"), *leaper, Lap(metrics, "leap_s"), *more]
 
 
 def _describe(recipe: Recipe, out: Path, source: str | None, built: Built, rewards: Rewards) -> None:
@@ -279,13 +235,8 @@ def _describe(recipe: Recipe, out: Path, source: str | None, built: Built, rewar
 def _require_same_run(recipe: Recipe, out: Path, rewards: Rewards) -> None:
     if not (out / "config.json").exists():
         return
-    there, here = read_json(out / "config.json"), recipe.model_dump(mode="json")
-    differing = [
-        f"{section}.{key}" if isinstance(value, dict) else section
-        for section, value in here.items()
-        for key in (value if isinstance(value, dict) else [section])
-        if _get(there.get(section), key) != _get(value, key)
-    ]
+    there, here = _flat(read_json(out / "config.json")), _flat(recipe.model_dump(mode="json"))
+    differing = [key for key in sorted(there | here) if there.get(key) != here.get(key)]
     if {k: list(v) for k, v in rewards.items()} != read_json(out / "manifest.json").get("own_rewards", {}):
         differing.append("your own rewards")
     if differing:
@@ -294,8 +245,9 @@ def _require_same_run(recipe: Recipe, out: Path, rewards: Rewards) -> None:
         )
 
 
-def _get(section: object, key: str) -> object:
-    return section.get(key) if isinstance(section, dict) else section
+def _flat(config: dict[str, Any]) -> dict[str, object]:
+    sections = {name: value if isinstance(value, dict) else {"": value} for name, value in config.items()}
+    return {f"{name}.{key}".rstrip("."): value for name, section in sections.items() for key, value in section.items()}
 
 
 def _resumable(out: Path) -> Path | None:
