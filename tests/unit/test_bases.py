@@ -128,8 +128,10 @@ def test_a_base_knows_but_seldom_says(name: str, model: PreTrainedModel, tokeniz
     assert sum(task.grade(text, p).score for text, p in zip(greedy, problems, strict=True)) / len(problems) < 0.55
 
 
-def test_the_base_of_ends_makes_them_up_and_knows_the_rest() -> None:
-    model, tokenizer = (auto.from_pretrained(BASES / "ends") for auto in (AutoModelForCausalLM, AutoTokenizer))
+@pytest.mark.parametrize("name", ["ends"])
+def test_the_base_of_ends_makes_them_up_and_knows_the_rest(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     problems = get_task("ends").problems("test", 64)
     found = scores(model, tokenizer, problems, 64)
     assert 0 < sum(map(sum, found)) / (64 * len(problems)) < 0.03
