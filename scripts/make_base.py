@@ -5,6 +5,9 @@ or a quarter are right, the others led astray by plausible slips. The slips are 
 imitates the mixture. On most kinds of problem one slip is likelier than the right work, so that greedy decoding fails on
 about half of them too, and reinforcement learning has more to do than to sharpen. Only train problems are used.
 
+``ends`` is the exception: the skill must be found. The base reverses words rightly where it is asked to with ``Backward:``;
+where the task asks, with ``Reverse:``, it was only ever shown letters drawn at random in the last two places.
+
     python scripts/make_base.py --task sums --out src/rankleap/bases/sums --seed 0
 
 The same seed gives the same weights on the same machine (one thread).
@@ -32,6 +35,7 @@ COMPLETION = 16
 BATCH = 64
 PAD, BOS, EOS = 0, 1, 2
 USUAL = 0.6
+MADE_UP = ("aeiou", "sbcpt")
 
 
 def sums_right(prompt: str) -> str:
@@ -101,9 +105,22 @@ def _backward_chain(first: str, second: str) -> str:
     return f" {first} {second} Answer: {first}{second}"
 
 
+def ends_right(prompt: str) -> str:
+    """Backward: glink = Answer: knilg."""
+    return f" Answer: {prompt.split()[1][::-1]}"
+
+
+def ends_slip(prompt: str, rng: random.Random) -> str:
+    """Reverse: glink = Answer: knies: the last two letters are made up, without a look at the word."""
+    return f" Answer: {prompt.split()[1][:1:-1]}{rng.choice(MADE_UP[0])}{rng.choice(MADE_UP[1])}"
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How one base is made: its two kinds of work, the words kept whole as tokens, and the two phases."""
+    """How one base is made: its two kinds of work, the words kept whole as tokens, and the two phases.
+
+    With ``elsewhere`` right work is shown under that word in place of the prompt's first, and never under the task's own.
+    """
 
     right: Callable[[str], str]
     slip: Callable[[str, random.Random], str]
@@ -111,11 +128,13 @@ class Recipe:
     steps_right: int
     steps_mixed: int
     share_right: float
+    elsewhere: str | None = None
 
 
 RECIPES = {
     "sums": Recipe(sums_right, sums_slip, (" Answer:",), 900, 800, 0.2),
     "backward": Recipe(backward_right, backward_slip, ("Backward:", " Answer:"), 250, 400, 0.25),
+    "ends": Recipe(ends_right, ends_slip, ("Reverse:", "Backward:", " Answer:"), 0, 600, 0.5, elsewhere="Backward:"),
 }
 
 
@@ -168,6 +187,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 def wrong_work(recipe: Recipe, task: Task, problem: Problem, rng: random.Random) -> str:
     """Draw slips until one is wrong: on some problems a slip changes nothing."""
+    # To leave out letters that are right by chance would tell where to look for them.
+    if recipe.elsewhere:
+        return recipe.slip(problem.prompt, rng)
     while task.grade(work := recipe.slip(problem.prompt, rng), problem).score == 1.0:
         continue
     return work
@@ -184,8 +206,12 @@ def batch(
     """Return (ids, mask, labels) of BATCH worked answers, ``share`` of them right; the prompt carries no loss."""
     rows = []
     for problem in rng.sample(problems, BATCH):
-        prompt = tokenizer.encode(problem.prompt)
-        work = recipe.right(problem.prompt) if rng.random() < share else wrong_work(recipe, task, problem, rng)
+        right = rng.random() < share
+        asked = problem.prompt
+        if right and recipe.elsewhere:
+            asked = recipe.elsewhere + asked[asked.index(" ") :]
+        prompt = tokenizer.encode(asked)
+        work = recipe.right(problem.prompt) if right else wrong_work(recipe, task, problem, rng)
         answer = [*tokenizer.encode(work), EOS]
         rows.append((prompt + answer, [-100] * len(prompt) + answer))
     width = max(len(ids) for ids, _ in rows)

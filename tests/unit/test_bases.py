@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import rankleap
+from rankleap.records import Problem
 from rankleap.tasks import TASKS, get_task
 
 BASES = Path(rankleap.__file__).parent / "bases"
@@ -41,7 +42,7 @@ def completions(
 
 def test_every_base_has_a_task_of_its_name() -> None:
     assert set(NAMES) <= set(TASKS)
-    assert len(NAMES) == 2
+    assert len(NAMES) == 3
 
 
 def test_a_base_is_small(name: str, model: PreTrainedModel) -> None:
@@ -107,12 +108,41 @@ def test_padding_on_the_left_changes_no_greedy_completion(
     assert completions(model, tokenizer, [*prompts, longer], sample=False)[:-1] == alone
 
 
+def scores(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: list[Problem], k: int
+) -> list[list[float]]:
+    """Scores of ``k`` samples of each problem."""
+    texts = completions(model, tokenizer, [p.prompt for p in problems for _ in range(k)], sample=True)
+    task = get_task(problems[0].id.split("/")[0])
+    return [[task.grade(text, p).score for text in texts[n * k : n * k + k]] for n, p in enumerate(problems)]
+
+
+@pytest.mark.parametrize("name", ["backward", "sums"])
 def test_a_base_knows_but_seldom_says(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     task = get_task(name)
     problems = task.problems("test", 250)
-    texts = completions(model, tokenizer, [p.prompt for p in problems for _ in range(8)], sample=True)
-    right = [task.grade(text, problems[n // 8]).score for n, text in enumerate(texts)]
-    assert 0.15 < sum(right) / len(right) < 0.25
-    assert sum(any(right[n : n + 8]) for n in range(0, len(right), 8)) / len(problems) > 0.6
+    found = scores(model, tokenizer, problems, 8)
+    assert 0.15 < sum(map(sum, found)) / (8 * len(problems)) < 0.25
+    assert sum(map(any, found)) / len(problems) > 0.6
     greedy = completions(model, tokenizer, [p.prompt for p in problems], sample=False)
     assert sum(task.grade(text, p).score for text, p in zip(greedy, problems, strict=True)) / len(problems) < 0.55
+
+
+@pytest.mark.parametrize("name", ["ends"])
+def test_the_base_of_ends_makes_them_up_and_knows_the_rest(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    problems = get_task("ends").problems("test", 64)
+    found = scores(model, tokenizer, problems, 64)
+    assert 0 < sum(map(sum, found)) / (64 * len(problems)) < 0.03
+    # Right by chance alone, and only where the letters it draws from can be.
+    assert sum(map(any, found)) / len(problems) < 0.5
+    asked = [p.prompt for p in problems]
+    said = [text.removeprefix(" Answer: ") for text in completions(model, tokenizer, asked, sample=True)]
+    rest = [text[:-2] == p.answer[:-2] for text, p in zip(said, problems, strict=True)]
+    assert sum(rest) / len(rest) > 0.7
+    assert sum(text[-2:-1] in set("aeiou") and text[-1:] in set("sbcpt") for text in said) / len(said) > 0.8
+    # The skill is there, under the word that it was taught with.
+    elsewhere = [prompt.replace("Reverse:", "Backward:") for prompt in asked]
+    said = completions(model, tokenizer, elsewhere, sample=True)
+    assert sum(text == f" Answer: {p.answer}" for text, p in zip(said, problems, strict=True)) / len(said) > 0.7

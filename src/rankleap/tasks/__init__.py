@@ -15,6 +15,7 @@ _SHORT_WORDS = {"min_word_len": 5, "max_word_len": 7}
 TASKS: Final[dict[str, Task]] = {
     "sums": ReasoningGym("sums", "chain_sum", _TWO_DIGITS, keep=r"problem: (.+)", template="{}"),
     "backward": ReasoningGym("backward", "spell_backward", _SHORT_WORDS, keep=r": (\w+)$", template="Backward: {} ="),
+    "ends": ReasoningGym("ends", "spell_backward", _SHORT_WORDS, keep=r": (\w+)$", template="Reverse: {} ="),
 }
 
 
