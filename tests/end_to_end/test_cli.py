@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from rankleap.checkpoints import FullCheckpoint, resolve_base
 from rankleap.cli import main
 from rankleap.config import make_recipe
+from rankleap.leap import run_accuracies
+from rankleap.tasks import get_task
 from rankleap.training import train
 
 RECIPE = """
@@ -216,7 +218,19 @@ def noise(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_of_noise_is_told_not_to_leap_and_goes_to_the_gate_only_despite_that(
     cli: Any, noise: Path, tmp_path: Path
 ) -> None:
-    asked = ("leap", noise, "--base", "bundled:sums", "--task", "sums", *FEW, "--max-tokens", 8, "--out", tmp_path / "l")
+    asked = (
+        "leap",
+        noise,
+        "--base",
+        "bundled:sums",
+        "--task",
+        "sums",
+        *FEW,
+        "--max-tokens",
+        8,
+        "--out",
+        tmp_path / "l",
+    )
     every = [flag for method in ("window", "weight-linear", "relex", "average") for flag in ("--method", method)]
     code, out, _ = cli(*asked, *every)
     assert code == 0
@@ -246,11 +260,45 @@ def test_a_run_of_noise_is_told_not_to_leap_and_goes_to_the_gate_only_despite_th
         (("--base", "bundled:backward"), "backward"),
     ],
 )
-def test_a_leap_that_cannot_be_is_refused_by_name(cli: Any, run: Path, tmp_path: Path, arguments: Any, said: str) -> None:
+def test_a_leap_that_cannot_be_is_refused_by_name(
+    cli: Any, run: Path, tmp_path: Path, arguments: Any, said: str
+) -> None:
     code, _, err = cli("leap", run, *FEW, "--out", tmp_path / "l", *arguments)
     assert code == 2
     assert said in err
     assert not list(tmp_path.iterdir())
+
+
+def test_accuracies_come_from_validation_or_a_file_and_never_from_the_test_split(
+    cli: Any, run: Path, tmp_path: Path
+) -> None:
+    copy, scores = copy_of(run, tmp_path / "run"), tmp_path / "scores.json"
+    asked = ("leap", copy, *FEW, "--method", "alpharl", "--coefficient", 1.0, "--backtest", "off", "--json")
+    evaluated = ("evaluate", "--run", copy, "--problems", 8, "-k", 2, "--json")
+    code, _, err = cli(*asked)
+    assert code == 2 and "alpharl" in err and "accurac" in err
+    assert cli(*evaluated)[0] == 0  # on test, where it reports
+    code, _, err = cli(*asked)
+    assert code == 2 and "sums/test/0" in err and "need the validation problems" in err
+    for split, values, said in (
+        ("test", {"2": 0.1}, "got 'test'; test accuracies may not choose"),
+        ("validation", [0.1], 'needs "accuracy", a number for each step'),
+        ("validation", {"2": 0.2, "4": 0.2, "6": 0.2}, "alpharl"),
+    ):
+        scores.write_text(json.dumps({"split": split, "accuracy": values}))
+        code, _, err = cli(*asked, "--scores", scores)
+        assert code == 2 and said in err
+    assert not (copy / "leaps").exists()
+    scores.write_text(json.dumps({"split": "validation", "accuracy": {"2": 0.2, "4": 0.3, "6": 0.5}}))
+    code, out, _ = cli(*asked, "--scores", scores)
+    assert code == 0 and json.loads(out)["method"] == "alpharl" and "ambiguous_signs" in json.loads(out)
+    import shutil
+
+    shutil.rmtree(copy / "evaluation")
+    assert cli(*evaluated, "--split", "validation")[0] == 0
+    found = run_accuracies(copy, "sums", get_task("sums").problems("validation", 4), (2, 4, 6))
+    samples = [json.loads(line) for line in (copy / "evaluation/sums/checkpoint-4.jsonl").read_text().splitlines()]
+    assert found[4] == sum(one["score"] for one in samples[:8]) / 8  # of the choosing half alone
 
 
 def test_an_adapter_is_asked_no_more_rank_than_was_recorded(cli: Any, run: Path, tmp_path: Path) -> None:

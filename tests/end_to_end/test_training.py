@@ -174,7 +174,9 @@ def test_a_leap_of_a_full_run_loads_in_transformers(finished: tuple[Recipe, Path
 class FirstMoments(TrainerCallback):
     """What Adam holds before the step that follows the leap."""
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.global_step == 4:
             self.state = {i: {**one} for i, one in kwargs["optimizer"].state_dict()["state"].items()}
             self.state = {i: {k: v.clone() for k, v in one.items()} for i, one in self.state.items()}

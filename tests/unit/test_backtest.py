@@ -56,10 +56,19 @@ def test_chance_is_refused_whatever_the_window_and_coefficient(memory_trajectory
     found = backtest(trajectory, Candidates(EXTRAPOLATE, (2, 3, 4, None), COEFFICIENTS))
     assert all(skill.reason for skill in found.skills)
     assert str(found.refusal).startswith("do not leap: the best of 32, ")
-    # Averages and RELEX only denoise: right round a point that the run has reached, wrong on a walk and round the base.
+    # Averages and RELEX only denoise: round the base they undo the run, else it is for the gate to say.
     denoised = backtest(trajectory, Candidates(("average", "relex"), (None,), (1.0,)))
-    assert (denoised.refusal is None) == (kind == "noise round a point")
+    assert (denoised.refusal is None) == (kind != "noise round the base")
     assert all(skill.denoises for skill in denoised.skills)
+
+
+def test_denoising_does_not_pass_for_extrapolation(memory_trajectory: Any) -> None:
+    for seed in range(4):
+        trajectory = memory_trajectory(STEPS, path_of("noise round a point", seed))
+        (skill,) = backtest(trajectory, Candidates(("relex",), (None,), (1.0,), target=130)).skills
+        assert skill.against["hold"] > 0 > skill.against["own denoising"]
+        assert not skill.denoises
+        assert "its own forecast of the last step" in skill.reason
 
 
 def test_drift_is_found_in_noise_of_its_own_size(memory_trajectory: Any) -> None:
@@ -155,7 +164,9 @@ def test_accuracy_decides_where_it_is_measured_and_is_counted(memory_trajectory:
     def score(leap: Leap | None, some: Sequence[Problem]) -> Evaluation:
         assert leap is not None and list(some) == problems
         asked.append((leap.forecast.method, leap.trajectory.steps[-1], leap.coefficient))
-        return Evaluation("t", (), np.full((5, 2), leap.forecast.method != "hold" and leap.coefficient in better), {}, 1, 0)
+        return Evaluation(
+            "t", (), np.full((5, 2), leap.forecast.method != "hold" and leap.coefficient in better), {}, 1, 0
+        )
 
     candidates = Candidates(("window",), (2,), (0.5, 1.0))
     assert backtest(trajectory, candidates, score, problems).refusal == (

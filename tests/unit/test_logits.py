@@ -55,7 +55,10 @@ def test_logits_are_the_closed_form(late: PreTrainedModel, early: PreTrainedMode
         found = ExtrapolatedLogits(late, early, coefficient)(tokens, mask).logits
         first, second = (model(input_ids=tokens, attention_mask=mask).logits for model in (late, early))
     torch.testing.assert_close(found, (1 + coefficient) * first - coefficient * second, rtol=1e-6, atol=1e-5)
-    assert found.dtype == extrapolated(first.bfloat16(), second.bfloat16(), coefficient).dtype == torch.float32
+    low = first.bfloat16(), second.bfloat16()
+    assert torch.equal(
+        extrapolated(*low, coefficient), (1 + coefficient) * low[0].float() - coefficient * low[1].float()
+    )
 
 
 @pytest.mark.parametrize("coefficient", [0.5, 2.0, -1.0])
@@ -81,6 +84,13 @@ def test_minus_one_is_the_early_model_and_divergence_is_measured_on_it(
     mixed = ExtrapolatedLogits(late, early, -1.0)
     drawn = sample(mixed, tokenizer, PROMPTS, 1, GREEDY, 0)  # pyright: ignore[reportArgumentType]
     assert drawn == sample(early, tokenizer, PROMPTS, 1, GREEDY, 0)
+    widths: list[int] = []
+    hook = early.register_forward_pre_hook(
+        lambda _, args, kw: widths.append(kw["input_ids"].shape[1]), with_kwargs=True
+    )
+    sample(mixed, tokenizer, PROMPTS, 1, GREEDY, 0)  # pyright: ignore[reportArgumentType]
+    hook.remove()
+    assert widths[0] > 1 and set(widths[1:]) == {1}, "the early model has a cache of its own"
     kl = [forward_kl(late, model, tokenizer, PROMPTS, drawn).value for model in (mixed, early)]  # pyright: ignore[reportArgumentType]
     assert kl[0] == pytest.approx(kl[1], rel=1e-4) != 0
 
@@ -92,5 +102,4 @@ def test_another_vocabulary_or_tokenizer_is_refused(
         ExtrapolatedLogits(late, make_model(vocab_size=99), 1.0)
     with pytest.raises(InputError, match=r"different tokenizers: \d+ tokens differ, such as"):
         load_extrapolated("bundled:sums", "bundled:backward", 1.0)
-    model, _ = load_extrapolated("bundled:sums", "bundled:sums", 1.0)
-    assert model.coefficient == 1.0
+    assert isinstance(load_extrapolated("bundled:sums", "bundled:sums", 1.0)[0], ExtrapolatedLogits)

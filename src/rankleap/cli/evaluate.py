@@ -100,7 +100,9 @@ def _evaluate_all(
     with GraderPool(task) as pool:
         for name, where in track(targets.items(), "evaluating", console=Console(stderr=True)):
             # Only a promise: nothing is loaded where every sample is on disk already.
-            load = partial(load_model, where, base) if early is None else partial(load_extrapolated, where, *early, base)
+            load = (
+                partial(load_model, where, base) if early is None else partial(load_extrapolated, where, *early, base)
+            )
             if out is None:
                 model, tokenizer = load()
                 done[name], _ = evaluate(model, tokenizer, pool, problems, k=k, sampling=sampling, seed=seed)

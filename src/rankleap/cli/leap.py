@@ -20,7 +20,9 @@ Target = Annotated[float | None, typer.Option(help="Step to predict; default the
 Task = Annotated[str | None, typer.Option(help="Task to choose and gate on; default the run's own.")]
 Problems = Annotated[int, typer.Option(min=4, help="Validation problems: half to choose on, half for the gate.")]
 Samples = Annotated[int, typer.Option(min=1, help="Completions of each problem.")]
-Budget = Annotated[int | None, typer.Option(min=1, help="Completions for choosing, by successive halving; default all.")]
+Budget = Annotated[
+    int | None, typer.Option(min=1, help="Completions for choosing, by successive halving; default all.")
+]
 Scores = Annotated[
     Path | None, typer.Option(help="Accuracies by step, for alpharl; default the run's own evaluation on validation.")
 ]
@@ -163,12 +165,15 @@ def _show(tested: "BackTest", decision: "Decision | None", written: Path | None,
             "window": skill.window,
             "coefficient": skill.coefficient,
             **{f"over {rival}": f"{skill.against[rival]:+.2f}" if rival in skill.against else "" for rival in _RIVALS},
-            "verdict": skill.reason or ("only denoises" if skill.denoises else "" if skill.against else "too few to test"),
+            "verdict": skill.reason
+            or ("only denoises" if skill.denoises else "" if skill.against else "too few to test"),
         }
         for skill in tested.skills
     ]
     if rows:
-        show_table("back-test: skill in weights on the run's own past; 1 exact, 0 no better", rows, note=tested.refusal or "")
+        show_table(
+            "back-test: skill in weights on the run's own past; 1 exact, 0 no better", rows, note=tested.refusal or ""
+        )
     if decision is None:
         print(f"{tested.refusal}. Nothing was written; to see what the gate says all the same: --despite-backtest")
         return
@@ -177,11 +182,17 @@ def _show(tested: "BackTest", decision: "Decision | None", written: Path | None,
     lengths = verdict.lengths
     rows = [
         {"": "gate", "value": "accepted" if verdict.accepted else "rejected: " + "; ".join(verdict.reasons)},
-        {"": "gain over the last checkpoint", "value": gain and f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"},
+        {
+            "": "gain over the last checkpoint",
+            "value": gain and f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]",
+        },
         {"": "norm ratio", "value": f"{verdict.norm_ratio:.2f}"},
         {"": "length, truncation", "value": lengths and f"× {lengths.ratio:.2f}, {lengths.truncation_rise:+.1%}"},
         {"": "coefficients looked at", "value": ", ".join(f"{look['coefficient']:g}" for look in decision.looks)},
-        {"": "completions, seconds", "value": f"{decision.samples_spent + tested.samples_spent}, {decision.wall_s:.1f}"},
+        {
+            "": "completions, seconds",
+            "value": f"{decision.samples_spent + tested.samples_spent}, {decision.wall_s:.1f}",
+        },
         {"": "signs that are a guess", "value": ", ".join(_ambiguous(decision)) or "none"},
         {"": "written to", "value": written or "nothing: the last checkpoint stays"},
     ]

@@ -5,12 +5,13 @@ The very leap X that a candidate would make from checkpoint k is held against ea
     skill over a rival = 1 - Σ‖X - W_t‖² / Σ‖rival - W_t‖²       1 exact, 0 no better, negative worse
 
 summed over k and over the t at or beyond the step where X claims to stand (a leap beyond the last checkpoint aims at that
-one instead). Rivals are
-standing still (*hold*), the base, the last increment repeated, and X's own forecast of step k, which is its denoising part.
-A leap has to beat hold and base, and if it extrapolates, its own denoising. Noise round a point and a driftless walk fail in
-expectation whatever the method: what is unpredictable adds ‖X - W_k‖² to the error of standing still. What only denoises
-(its own step is its target) is told so. An error in weights is no error in answers, so where accuracy is measured as well
-(leap against standing still, each at every k), accuracy decides.
+one instead). Rivals are standing still (*hold*), the base, the last increment repeated, and X's own forecast of step k,
+which is its denoising part.
+A leap has to beat hold, the base and its own denoising. Noise round a point and a driftless walk fail in expectation
+whatever the method: what is unpredictable adds ‖X - W_k‖² to the error of standing still. What only denoises claims to be no
+forecast, so it has to beat the base alone (else it undoes the run), and is told so: at the tuned rate of `sums` an average is
+further from what came than standing still, and better. An error in weights is no error in answers: where accuracy is
+measured as well (leap against standing still, each at every k), accuracy decides.
 
 From Gram matrices alone for all methods that mix checkpoints, and products from LoRA stay products for the others.
 Shapes: T steps.
@@ -169,16 +170,19 @@ def _skill(
                 miss += errors[0]
                 rival = {name: rival[name] + e for name, e in zip(RIVALS, errors[1:], strict=True)}
     against = {name: 1 - miss / error if error > 0 else 0.0 for name, error in rival.items()}
-    denoises = all(leap.target <= leap.trajectory.steps[-1] for leap in leaps.values())
+    denoises = all(leap.ahead == 0 for leap in leaps.values())
     if denoises or miss == rival["own denoising"]:  # one that looks at no step has no such part
         against.pop("own denoising")
     gain = answers.gain(leaps, prefixes)
-    reason = _reason(against) if gain is None else "" if gain > 0 else f"no gain in accuracy ({gain:+.3f})"
-    return Skill(*named, against, {h: 1 - x / y if y > 0 else 0.0 for h, (x, y) in ahead.items()}, denoises, gain, reason)
+    reason = _reason(against, denoises) if gain is None else "" if gain > 0 else f"no gain in accuracy ({gain:+.3f})"
+    return Skill(
+        *named, against, {h: 1 - x / y if y > 0 else 0.0 for h, (x, y) in ahead.items()}, denoises, gain, reason
+    )
 
 
-def _reason(against: dict[str, float]) -> str:
-    told = {"hold": "standing still", "base": "the base itself", "own denoising": "its own forecast of the last step"}
+def _reason(against: dict[str, float], denoises: bool) -> str:
+    ahead = {"hold": "standing still", "own denoising": "its own forecast of the last step"}
+    told = {"base": "the base itself", **({} if denoises else ahead)}
     lost = [f"{words} ({against[rival]:+.2f})" for rival, words in told.items() if against.get(rival, 1.0) <= 0]
     return f"no nearer to what came than {' and '.join(lost)}" if lost else ""
 

@@ -7,7 +7,7 @@ cache of its own, so a token costs a step of both. Shapes: B rows, W width, V vo
 """
 
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,11 @@ class ExtrapolatedLogits(nn.Module):
     def __init__(self, late: PreTrainedModel, early: PreTrainedModel, coefficient: float) -> None:
         """Both must have one vocabulary."""
         super().__init__()
-        sizes = [model.get_input_embeddings().weight.shape[0] for model in (late, early)]
+        sizes = [cast(nn.Embedding, model.get_input_embeddings()).num_embeddings for model in (late, early)]
         if sizes[0] != sizes[1]:
-            raise InputError(f"two models mix only over one vocabulary, got {sizes[0]} tokens late and {sizes[1]} early")
+            raise InputError(
+                f"two models mix only over one vocabulary, got {sizes[0]} tokens late and {sizes[1]} early"
+            )
         self.late, self.early, self.coefficient = late, early, coefficient
 
     @property
@@ -43,7 +45,10 @@ class ExtrapolatedLogits(nn.Module):
         """What the late model generates with its logits moved on, before any temperature or nucleus."""
         ahead = _Ahead(self.early, self.coefficient, attention_mask)
         return self.late.generate(  # pyright: ignore[reportCallIssue]
-            input_ids=input_ids, attention_mask=attention_mask, logits_processor=LogitsProcessorList([ahead]), **settings
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            logits_processor=LogitsProcessorList([ahead]),
+            **settings,
         )
 
 
@@ -80,7 +85,7 @@ class _Ahead(LogitsProcessor):
 
 def load_extrapolated(
     late: str, early: str, coefficient: float, base: str | None = None
-) -> tuple[ExtrapolatedLogits, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Two checkpoints as ``load_model`` reads them; ``InputError`` if a token of one has another id in the other."""
     (model, tokenizer), (before, other) = load_model(late, base), load_model(early, base)
     ours, theirs = tokenizer.get_vocab(), other.get_vocab()
@@ -89,4 +94,5 @@ def load_extrapolated(
             f"{late} and {early} have different tokenizers: {len(moved)} tokens differ, such as {moved[0]!r} "
             f"({ours.get(moved[0], 'absent')} and {theirs.get(moved[0], 'absent')}); give two checkpoints of one run"
         )
-    return ExtrapolatedLogits(model, before, coefficient), tokenizer
+    # What sampling and KL ask of a model it has, though it is none of Transformers' own.
+    return cast(PreTrainedModel, ExtrapolatedLogits(model, before, coefficient)), tokenizer

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import fmean
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -174,13 +174,13 @@ def read_accuracies(file: Path) -> dict[int, float]:
     split = found.get("split") if isinstance(found, dict) else None
     if split not in ("validation", "train"):
         raise InputError(
-            f"{file} must say that its accuracies are of the split 'validation' or 'train', got {split!r}; test accuracies may not "
-            "choose a leap. Write {\"split\": \"validation\", \"accuracy\": {\"20\": 0.31, …}}"
+            f"{file} must say that its accuracies are of split 'validation' or 'train', got {split!r}; test accuracies may not "
+            'choose a leap. Write {"split": "validation", "accuracy": {"20": 0.31, …}}'
         )
     try:
         return {int(step): float(value) for step, value in found["accuracy"].items()}
     except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"{file} needs \"accuracy\", a number for each step; got {error!r}") from None
+        raise InputError(f'{file} needs "accuracy", a number for each step; got {error!r}') from None
 
 
 def write_decision(

@@ -177,7 +177,9 @@ def _choose(
 
 
 def _clearly_worse(difference_P: NDArray[np.float64]) -> bool:
-    error = float(difference_P.std(ddof=1)) / len(difference_P) ** 0.5 if len(difference_P) >= FEWEST_TO_DROP else math.inf
+    error = (
+        float(difference_P.std(ddof=1)) / len(difference_P) ** 0.5 if len(difference_P) >= FEWEST_TO_DROP else math.inf
+    )
     return float(difference_P.mean()) + CLEARLY * error < 0
 
 
@@ -185,9 +187,10 @@ def _gated(
     leap: Leap, counted: _Counted, gating: Sequence[Problem], gate: GateSettings
 ) -> tuple[Leap, GateVerdict, list[dict[str, object]]]:
     """Look, shrink and look again; the leap as it was last looked at, what was said of it, and every look."""
-    error, origin, looks = 1 - gate.confidence, None, []
-    for shrinks_left in reversed(range(gate.shrinks + 1)):
-        ratio, broken = norm_ratio(leap), None
+    error, origin, shrinks_left = 1 - gate.confidence, None, gate.shrinks
+    looks: list[dict[str, object]] = []
+    while True:
+        ratio = norm_ratio(leap)
         try:
             if not math.isfinite(ratio):
                 raise NotFiniteError("the leap has NaN or infinite weights, or leaves a run that has not moved")
@@ -202,13 +205,11 @@ def _gated(
                 origin = origin or counted.score(None, gating)
                 settings, lengths = replace(gate, confidence=1 - spent), Lengths.of(found, origin)
                 verdict = judge(found.scores_PK, origin.scores_PK, ratio, divergence, settings, lengths)
-        except NotFiniteError as caught:
-            broken = caught
-            verdict = GateVerdict(False, None, ratio, None, (str(caught),))
+        except NotFiniteError as broken:
+            # Half of NaN is NaN: what is broken is not shrunk.
+            shrinks_left, verdict = 0, GateVerdict(False, None, ratio, None, (str(broken),))
         gain = verdict.difference and verdict.difference.value
         looks.append({"coefficient": leap.coefficient, "gain": gain, "reasons": list(verdict.reasons)})
-        # Half of NaN is NaN: what is broken is not shrunk.
-        if verdict.accepted or broken or not shrinks_left:
-            break
-        leap = replace(leap, coefficient=leap.coefficient / 2)
-    return leap, verdict, looks
+        if verdict.accepted or not shrinks_left:
+            return leap, verdict, looks
+        leap, shrinks_left = replace(leap, coefficient=leap.coefficient / 2), shrinks_left - 1
