@@ -45,12 +45,12 @@ class Forecast(ABC):
         """Everything but the trajectory, for a manifest; ``read_forecast`` reads it back."""
 
     def target(self, step: float | None = None) -> float:
-        """The step that is meant (default: ``reach``); raises ``TrajectoryError`` when it is behind the last checkpoint."""
-        last, step = self.trajectory.steps[-1], self.reach if step is None else step
-        if not step >= last:  # NaN is nowhere ahead
+        """The step that is meant (default: ``reach``); raises ``TrajectoryError`` when it is behind the origin."""
+        first, step = 0 if self.origin == "base" else self.trajectory.steps[-1], self.reach if step is None else step
+        if not step >= first:  # NaN is nowhere ahead
             raise TrajectoryError(
-                f"{self.method} cannot leap to step {step:g}, behind the last checkpoint (step {last}); "
-                f"choose a step from {last} on, or fit on fewer checkpoints"
+                f"{self.method} cannot leap to step {step:g}, behind its origin ({self.origin}); "
+                f"choose a step from {first} on, or fit on fewer checkpoints"
             )
         return step
 
@@ -93,7 +93,7 @@ class Mixture(Forecast):
         origin_T = torch.zeros(len(self.trajectory.steps), dtype=torch.float64)
         if self.origin == "last":
             origin_T[-1] = 1.0
-        target_T = line.at(self.reach if step is None else step)
+        target_T = line.at(self.target(step))
         return origin_T + coefficient * (target_T - origin_T)
 
     def delta(self, name: str, step: float | None = None, coefficient: float = 1.0) -> Delta:
@@ -143,7 +143,7 @@ class RankOne(Forecast):
     def delta(self, name: str, step: float | None = None, coefficient: float = 1.0) -> Delta:
         """Delta of one tensor since the base; a matrix moves by a product of rank 1."""
         at_zero, per_step = self.axis
-        y = min(at_zero + per_step * (self.reach if step is None else step), self.ceiling)
+        y = min(at_zero + per_step * self.target(step), self.ceiling)
         terms: list[tuple[float, Delta]] = []
         if name in self.products and coefficient != 0:
             left_M2, right_1N = self.products[name]
