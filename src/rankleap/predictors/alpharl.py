@@ -2,7 +2,7 @@
 
     û_t = α_t σ₁ u₁ of W_t - W_0,  α_t = ‖ΔW‖_F/σ₁ (Eq. 3)        y_t: accuracy, or the step itself (``alpharl-step``)
     X = (û - mean)/std,  w ∝ Xᵀ(y - ȳ),  z = Xw,  y ≈ ȳ + a·z,  X ≈ z pᵀ        one-component partial least squares
-    û(y*) = mean + std·p·(y* - ȳ)/a,        Ŵ = W_0 + û(y*) v₁ᵀ,  v₁ of the last checkpoint
+    û(y*) = mean + std·p·(y* - ȳ)/a,        Ŵ = W_0 + û(y*) v₁ᵀ,  v₁ of the last one with a score
 
 y* of a target step is the accuracy that a line through the measured ones reaches there, 1 at most; the default target is one
 window ahead. The coefficient is the paper's λ: 0 the base, 1 the method's own (the paper's scan peaks near 0.7). Rescaling lets
@@ -74,6 +74,10 @@ class AlphaRL(Predictor):
             raise TrajectoryError(
                 f"{self.name} needs the accuracies of at least {self.needs} checkpoints, got {len(steps)} "
                 f"(none for steps {missing}); {what_to_do}"
+            )
+        if wrong := [score_of[step] for step in steps if not 0 <= score_of[step] <= 1]:  # NaN is no accuracy either
+            raise TrajectoryError(
+                f"{self.name} needs accuracies between 0 and 1, got {wrong[0]:g}; divide percents by 100"
             )
         y_S, step_S = (torch.tensor(v, dtype=torch.float64) for v in ([score_of[s] for s in steps], steps))
         at_zero, at_one = (float(line_weights(step_S, at) @ y_S) for at in (0.0, 1.0))
