@@ -151,16 +151,24 @@ class LeapSection(_Section):
     """Steps between leaps; a multiple of `train.save_every`."""
     samples: int = Field(default=4, ge=1)
     """Completions of each validation problem for choosing and for the gate."""
+    budget: int | None = Field(default=None, ge=1)
+    """Completions that choosing may take, by successive halving; unset lets every candidate answer every problem."""
     confidence: float = Field(default=0.8, ge=0.5, lt=1)
     """The gate accepts when the leap is better than its origin with this one-sided confidence."""
     max_kl: float | None = Field(default=None, gt=0)
     """Largest forward KL(base‖leap) per token, in nats; unset does not measure it."""
     max_norm_ratio: float = Field(default=4.0, gt=1)
     """Largest ‖leap − base‖ / ‖origin − base‖."""
+    max_length_ratio: float = Field(default=2.0, gt=1)
+    """Mean tokens of a completion may grow or shrink by this factor."""
+    max_truncation_rise: float = Field(default=0.1, ge=0, le=1)
+    """Share of completions cut off at `train.max_completion_tokens`, above the origin's own."""
+    shrinks: int = Field(default=0, ge=0)
+    """How often a refused leap is halved and looked at again; the looks share the gate's error, so each is stricter."""
     proceed_from: Literal["leap", "origin"] = "leap"
     """`leap` trains on from an accepted leap; `origin` only writes it and leaves the training path alone."""
-    optimizer_state: Literal["carry", "reset"] = "carry"
-    """What becomes of Adam's moments when training goes on from a leap."""
+    optimizer_state: Literal["carry", "rescale", "reset"] = "carry"
+    """What becomes of Adam's moments when training goes on from a leap: kept, the first one aged by the steps leapt, or none."""
 
 
 class Recipe(_Section):

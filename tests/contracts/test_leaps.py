@@ -16,6 +16,7 @@ from rankleap.predictors import PREDICTORS, get_predictor
 from rankleap.trajectory import RecordedTrajectory, Trajectory, recording_of, run_trajectory
 
 WeightsOf = Callable[[torch.nn.Module], dict[str, Tensor]]
+SCORES = {10: 0.2, 20: 0.3, 30: 0.45, 40: 0.5}
 each_predictor = pytest.mark.parametrize("name", PREDICTORS)
 
 
@@ -45,7 +46,7 @@ def trajectory(
 def test_a_full_leap_loads_in_transformers_and_is_base_plus_forecast_to_the_bit(
     name: str, trajectory: Trajectory, base: FullCheckpoint, weights_of: WeightsOf, tmp_path: Path
 ) -> None:
-    leap = Leap(get_predictor(name).fit(trajectory), coefficient=1.5)
+    leap = Leap(get_predictor(name, scores=SCORES).fit(trajectory), coefficient=1.5)
     out = write_leap(leap, base, tmp_path / "leap", {"gate": {"accepted": True}})
     loaded = weights_of(AutoModelForCausalLM.from_pretrained(out))
     assert loaded.keys() == base.shapes.keys()
@@ -59,7 +60,7 @@ def test_a_full_leap_loads_in_transformers_and_is_base_plus_forecast_to_the_bit(
 def test_a_full_leap_with_coefficient_zero_is_its_origin(
     name: str, trajectory: Trajectory, base: FullCheckpoint, tmp_path: Path
 ) -> None:
-    leap = Leap(get_predictor(name).fit(trajectory), coefficient=0.0)
+    leap = Leap(get_predictor(name, scores=SCORES).fit(trajectory), coefficient=0.0)
     written = FullCheckpoint(write_leap(leap, base, tmp_path / "leap", {}))
     for tensor in base.shapes:
         moved = tensor in trajectory.shapes and leap.forecast.origin == "last"
@@ -82,7 +83,7 @@ def test_the_live_model_and_the_written_leap_are_the_same(
 def test_an_adapter_leap_loads_in_peft_and_is_the_best_of_its_rank(
     name: str, rank: int, trajectory: Trajectory, base: FullCheckpoint, weights_of: WeightsOf, tmp_path: Path
 ) -> None:
-    leap = Leap(get_predictor(name).fit(trajectory), coefficient=1.5)
+    leap = Leap(get_predictor(name, scores=SCORES).fit(trajectory), coefficient=1.5)
     out = write_leap_adapter(leap, base, tmp_path / "leap", {}, rank=rank, base_name=str(base.directory))
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.directory), str(out))
     merged, held = weights_of(model.merge_and_unload()), AdapterCheckpoint(out)

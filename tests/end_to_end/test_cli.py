@@ -10,8 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rankleap.checkpoints import FullCheckpoint, resolve_base
 from rankleap.cli import main
 from rankleap.config import make_recipe
+from rankleap.leap import run_accuracies
+from rankleap.tasks import get_task
 from rankleap.training import train
 
 RECIPE = """
@@ -194,6 +197,134 @@ def test_a_base_that_does_not_fit_is_refused_with_names_and_shapes(cli: Any, run
     assert code == 2
     assert "model.norm.weight: (" in err
     assert "(7,) in the base" in err
+
+
+FEW = ("--problems", 8, "--samples", 1)
+
+
+@pytest.fixture(scope="module")
+def noise(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that only trembles round its base: six checkpoints."""
+    out, generator = tmp_path_factory.mktemp("noise"), torch.Generator().manual_seed(0)
+    start = load_file(FullCheckpoint(resolve_base("bundled:sums")).directory / "model.safetensors")
+    for step in range(10, 70, 10):
+        copy_of(run / "checkpoints" / "checkpoint-2", out / f"checkpoint-{step}")
+        (out / f"checkpoint-{step}" / "trainer_state.json").unlink()
+        moved = {n: w + 1e-4 * torch.randn(w.shape, generator=generator) for n, w in start.items()}
+        save_file(moved, out / f"checkpoint-{step}" / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def test_a_run_of_noise_is_told_not_to_leap_and_goes_to_the_gate_only_despite_that(
+    cli: Any, noise: Path, tmp_path: Path
+) -> None:
+    asked = (
+        "leap",
+        noise,
+        "--base",
+        "bundled:sums",
+        "--task",
+        "sums",
+        *FEW,
+        "--max-tokens",
+        8,
+        "--out",
+        tmp_path / "l",
+    )
+    every = [flag for method in ("window", "weight-linear", "relex", "average") for flag in ("--method", method)]
+    code, out, _ = cli(*asked, *every)
+    assert code == 0
+    assert "do not leap: the best of 12, " in out and "Nothing was written" in out
+    code, out, _ = cli(*asked, *every, "--json")
+    assert code == 0
+    assert "gate" not in json.loads(out) and json.loads(out)["written"] is None
+    code, out, _ = cli(*asked, "--coefficient", 1.0, "--despite-backtest", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["backtest"]["refusal"] and found["gate"]
+    code, out, _ = cli(*asked, "--coefficient", 1.0, "--backtest", "off", "--shrinks", 0, "--json")
+    assert json.loads(out)["samples_spent"] == 8  # leap and origin on the gate half
+    assert json.loads(out)["backtest"]["skills"] == []
+    code, out, _ = cli(*asked, "--coefficient", 1.0, "--backtest", "accuracy", "--window", 2, "--json")
+    # From the four checkpoints that have two before them, leap and origin on the choosing half.
+    assert json.loads(out)["backtest"]["samples_spent"] == 4 * 2 * 4
+    assert noise.exists() and not list(noise.glob("leaps"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--target", 6), "ahead of the last checkpoint, step 6; got 6"),
+        (("--target", 2), "ahead of the last checkpoint, step 6; got 2"),
+        (("--budget", 2), "a budget of 2 answers cannot try 3 candidates once"),
+        (("--base", "bundled:backward"), "backward"),
+    ],
+)
+def test_a_leap_that_cannot_be_is_refused_by_name(
+    cli: Any, run: Path, tmp_path: Path, arguments: Any, said: str
+) -> None:
+    code, _, err = cli("leap", run, *FEW, "--out", tmp_path / "l", *arguments)
+    assert code == 2
+    assert said in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_accuracies_come_from_validation_or_a_file_and_never_from_the_test_split(
+    cli: Any, run: Path, tmp_path: Path
+) -> None:
+    copy, scores = copy_of(run, tmp_path / "run"), tmp_path / "scores.json"
+    asked = ("leap", copy, *FEW, "--method", "alpharl", "--coefficient", 1.0, "--backtest", "off", "--json")
+    evaluated = ("evaluate", "--run", copy, "--problems", 8, "-k", 2, "--json")
+    code, _, err = cli(*asked)
+    assert code == 2 and "alpharl" in err and "accurac" in err
+    assert cli(*evaluated)[0] == 0  # on test, where it reports
+    code, _, err = cli(*asked)
+    assert code == 2 and "sums/test/0" in err and "need the validation problems" in err
+    for split, values, said in (
+        ("test", {"2": 0.1}, "got 'test'; test accuracies may not choose"),
+        ("validation", [0.1], 'needs "accuracy", a number for each step'),
+        ("validation", {"2": 0.2, "4": 0.2, "6": 0.2}, "alpharl"),
+    ):
+        scores.write_text(json.dumps({"split": split, "accuracy": values}))
+        code, _, err = cli(*asked, "--scores", scores)
+        assert code == 2 and said in err
+    assert not (copy / "leaps").exists()
+    scores.write_text(json.dumps({"split": "validation", "accuracy": {"2": 0.2, "4": 0.3, "6": 0.5}}))
+    code, out, _ = cli(*asked, "--scores", scores)
+    assert code == 0 and json.loads(out)["method"] == "alpharl" and "ambiguous_signs" in json.loads(out)
+    import shutil
+
+    shutil.rmtree(copy / "evaluation")
+    assert cli(*evaluated, "--split", "validation")[0] == 0
+    found = run_accuracies(copy, "sums", get_task("sums").problems("validation", 4), (2, 4, 6))
+    samples = [json.loads(line) for line in (copy / "evaluation/sums/checkpoint-4.jsonl").read_text().splitlines()]
+    assert found[4] == sum(one["score"] for one in samples[:8]) / 8  # of the choosing half alone
+
+
+def test_an_adapter_is_asked_no_more_rank_than_was_recorded(cli: Any, run: Path, tmp_path: Path) -> None:
+    cli("trajectory", run, "--out", tmp_path / "t" / "trajectory", "--rank", 2)
+    arguments = ("leap", tmp_path / "t", "--base", "bundled:sums", "--task", "sums", *FEW, "--as", "adapter", "--out")
+    code, _, err = cli(*arguments, tmp_path / "l", "--rank", 4)
+    assert code == 2
+    assert "rank 4 needs as many recorded triplets" in err and "has 2; ask for --rank 2" in err
+    code, out, _ = cli(*arguments, tmp_path / "l", "--confidence", 0.5, "--json")
+    assert code == 0
+    assert (tmp_path / "l" / "adapter_model.safetensors").exists() == json.loads(out)["gate"]["accepted"]
+
+
+def test_logits_are_extrapolated_from_an_earlier_checkpoint(cli: Any, run: Path, tmp_path: Path) -> None:
+    late, early = (str(run / "checkpoints" / f"checkpoint-{step}") for step in (6, 2))
+    asked = ("evaluate", late, "--task", "sums", "--problems", 8, "-k", 2, "--max-tokens", 8, "--json")
+    plain, same = cli(*asked), cli(*asked, "--extrapolate-from", early, "--coefficient", 0)
+    assert plain[0] == same[0] == 0
+    (first,), (second,) = json.loads(plain[1]).values(), json.loads(same[1]).values()
+    assert first["avg"] == second["avg"] and first["mean_tokens"] == second["mean_tokens"]
+    code, _, err = cli(*asked, "--extrapolate-from", "bundled:backward")
+    assert code == 2 and "different tokenizers" in err
+    code, _, err = cli("evaluate", "--run", run, "--extrapolate-from", early)
+    assert code == 2 and "goes with one MODEL" in err
+    assert cli(*asked, "--extrapolate-from", early, "--out", tmp_path)[0] == 0
+    assert (tmp_path / "evaluation" / "sums" / "checkpoint-6-from-checkpoint-2-c0.5.jsonl").exists()
 
 
 def test_too_few_checkpoints_name_the_method_and_its_need(cli: Any, run: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from killed import KillBefore
 from rankleap.checkpoints import FullCheckpoint, base_of, dense, open_checkpoint, open_run, resolve_base
@@ -164,6 +164,42 @@ def test_a_leap_of_a_full_run_loads_in_transformers(finished: tuple[Recipe, Path
     stored = FullCheckpoint(out / row["directory"])
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, stored.weight(name))
+
+
+class FirstMoments(TrainerCallback):
+    """What Adam holds before the step that follows the leap."""
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 4:
+            self.state = {i: {**one} for i, one in kwargs["optimizer"].state_dict()["state"].items()}
+            self.state = {i: {k: v.clone() for k, v in one.items()} for i, one in self.state.items()}
+
+
+@pytest.mark.parametrize("finished", ["full"], indirect=True)
+@pytest.mark.parametrize("optimizer_state", ["rescale", "reset"])
+def test_adams_moments_after_a_leap_are_what_was_asked_also_after_a_kill(
+    finished: tuple[Recipe, Path], optimizer_state: str, tmp_path: Path
+) -> None:
+    # The budget and the shrinks are those of the looks to come; with 64 completions, halving has two rungs.
+    chosen = recipe(adapter__method="full", leap__optimizer_state=optimizer_state, leap__shrinks=1, leap__budget=64)
+    held = FirstMoments()
+    whole = train(chosen, tmp_path / "whole", callbacks=[held])
+    decision = read_jsonl(whole / "leaps" / "decisions.jsonl")[0]
+    assert decision["taken"] and decision["ahead"] > 0
+    assert decision["samples_spent"] <= 64 + 3 * 32 * 4
+    before = torch.load(whole / "checkpoints" / "checkpoint-4" / "optimizer.pt", weights_only=True)["state"]
+    assert held.state.keys() == (before.keys() if optimizer_state == "rescale" else set())
+    for index, moments in held.state.items():
+        torch.testing.assert_close(moments["exp_avg"], before[index]["exp_avg"] * 0.9 ** decision["ahead"])
+        assert torch.equal(moments["exp_avg_sq"], before[index]["exp_avg_sq"])
+    with pytest.raises(KeyboardInterrupt):
+        train(chosen, tmp_path / "run", callbacks=[KillBefore(5)])
+    train(chosen, tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(whole)
+    carried = losses(finished[1])
+    assert losses(whole)[:4] == carried[:4] and losses(whole)[5:] != carried[5:]
 
 
 def test_a_limit_on_forward_kl_is_measured_and_kept(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from rankleap.predictors import PREDICTORS, get_predictor
 
 GOLDEN = Path(__file__).parent / "golden.json"
 STEPS = (10, 20, 35, 40, 60, 80)
+SCORES = {10: 0.1, 20: 0.25, 35: 0.3, 40: 0.4, 60: 0.45, 80: 0.5}
 
 
 def bent_path() -> dict[str, list[torch.Tensor]]:
@@ -35,7 +36,7 @@ def measured(memory_trajectory: Callable[..., Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in PREDICTORS:
         for window in (None, 4):
-            leap = Leap(get_predictor(name, window).fit(trajectory), coefficient=1.5, step=100.0)
+            leap = Leap(get_predictor(name, window, SCORES).fit(trajectory), coefficient=1.5, step=100.0)
             delta = dense(leap.delta("w"))
             found[f"{name}/{window}"] = [float(delta.norm()), float(delta[3, 2]), float(delta[11, 6]), norm_ratio(leap)]
     tensor = evidence(trajectory)["tensors"][0]

@@ -16,7 +16,7 @@ from rankleap.checkpoints import AdapterCheckpoint, Delta, FullCheckpoint, LowRa
 from rankleap.errors import BaseMismatchError, CheckpointError, InputError, NotFiniteError
 from rankleap.files import read_json
 from rankleap.leap import Leap, leap_weights, norm_ratio, open_source, write_leap, write_leap_adapter
-from rankleap.predictors import get_predictor
+from rankleap.predictors import get_predictor, read_forecast
 from rankleap.trajectory import CheckpointTrajectory, RecordedTrajectory, Trajectory, recording_of, run_trajectory
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -78,7 +78,7 @@ def test_the_manifest_says_how_the_leap_came_about(
     assert (manifest["gate"], manifest["base"]) == ({"accepted": True}, "b")
     facts = ("method", "origin", "coefficient", "from_step", "target_step")
     assert [manifest["leap"][fact] for fact in facts] == ["window", "last", 0.5, 40, 100]
-    again = type(leap.forecast).from_json(manifest["leap"]["forecast"], trajectory)  # pyright: ignore[reportAttributeAccessIssue]
+    again = read_forecast(manifest["leap"]["forecast"], trajectory)
     assert torch.equal(dense(again.delta(UP, 100, 0.5)), dense(leap.delta(UP)))
 
 

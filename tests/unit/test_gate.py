@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from rankleap.errors import InputError
 from rankleap.evaluation import paired_difference
-from rankleap.leap import GateSettings, judge
+from rankleap.leap import GateSettings, Lengths, judge
 
 SETTINGS = GateSettings(confidence=0.8, max_norm_ratio=4.0)
 Scores = NDArray[np.float64]
@@ -30,7 +30,7 @@ def better(by: float, problems: int = 50) -> tuple[Scores, Scores]:
 def test_equal_scores_are_rejected(same: Scores) -> None:
     verdict = judge(same, same.copy(), 1.0, None, SETTINGS)
     assert not verdict.accepted
-    assert verdict.difference.value == 0
+    assert verdict.difference and verdict.difference.value == 0
     assert len(verdict.reasons) == 1
     assert "is not above zero" in verdict.reasons[0]
 
@@ -50,6 +50,7 @@ def test_a_leap_and_its_origin_never_both_win(data: st.DataObject) -> None:
     )
     one, other = judge(first, second, 1.0, None, SETTINGS), judge(second, first, 1.0, None, SETTINGS)
     assert not (one.accepted and other.accepted)
+    assert one.difference and other.difference
     assert one.difference.value == pytest.approx(-other.difference.value)
     assert one.difference.low == pytest.approx(-other.difference.high)
 
@@ -113,3 +114,20 @@ def test_a_score_that_is_no_number_is_an_error() -> None:
     leap[3, 1] = float("nan")
     with pytest.raises(InputError, match="1 non-finite"):
         judge(leap, origin, 1.0, None, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "rise", "said"),
+    [
+        (2.0, 0.1, None),
+        (0.5, -0.5, None),
+        (2.01, 0.0, "2.01 times as long"),
+        (0.49, 0.0, "0.49 times as long"),
+        (1.0, 0.11, "truncation rises by 0.110, at most 0.100"),
+        (float("nan"), 0.0, "nan times as long"),
+    ],
+)
+def test_completions_that_grow_shrink_or_break_off_reject(ratio: float, rise: float, said: str | None) -> None:
+    verdict = judge(*better(0.1), 1.0, None, SETTINGS, Lengths(ratio, rise))
+    assert verdict.accepted == (said is None)
+    assert said is None or said in verdict.reasons[0]

@@ -3,19 +3,24 @@
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rankleap.cli.show import Base, Json, extras, show_json, show_table
+from rankleap.cli.show import Base, Json, extras, recipe_of, show_json, show_table
 from rankleap.errors import InputError
-from rankleap.files import read_json
 from rankleap.records import Estimate, Split
 
 if TYPE_CHECKING:
     from rankleap.evaluation import Evaluation, Sampling
     from rankleap.records import Problem
     from rankleap.tasks import Task
+
+From = Annotated[
+    str | None,
+    typer.Option("--extrapolate-from", help="An earlier checkpoint: decode with (1 + c)·logits - c·its logits."),
+]
+Coefficient = Annotated[float, typer.Option(help="c of --extrapolate-from; 0 is MODEL itself.")]
 
 
 def evaluate(
@@ -33,6 +38,8 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Completions at once; lower it if memory runs out.")] = 512,
     base: Base = None,
+    extrapolate_from: From = None,
+    coefficient: Coefficient = 0.5,
     out: Annotated[Path | None, typer.Option(help="Write OUT/evaluation/TASK/NAME.jsonl; default the run.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seeds the samples.")] = 0,
     as_json: Json = False,
@@ -42,14 +49,16 @@ def evaluate(
 
     if sum(given is not None for given in (model, run, samples)) != 1:
         raise InputError("give one thing to evaluate: MODEL, --run DIR or --samples FILE")
+    if extrapolate_from is not None and model is None:
+        raise InputError("--extrapolate-from goes with one MODEL, the later checkpoint")
     if samples is not None:
         _show({samples.stem: Evaluation.of(samples.parent.name, read_samples(samples))}, samples.parent.name, as_json)
         return
-    recipe = _of_run(run)
-    task = task or recipe.get("task", {}).get("name")
+    recipe = recipe_of(run)
+    task = task or (recipe.task.name if recipe else None)
     if task is None:
         raise InputError("which task to evaluate on is not known; give --task")
-    longest = max_tokens or recipe.get("train", {}).get("max_completion_tokens", 512)
+    longest = max_tokens or (recipe.train.max_completion_tokens if recipe else 512)
     sampling = Sampling(temperature, top_p, longest, batch_size)
     # The task comes before any model: a wrong name or a missing extra is told at once.
     with extras("evaluating on a task"):
@@ -59,34 +68,41 @@ def evaluate(
         asked = chosen.problems(split, problems)
     # Without MODEL there is a run; ``or Path()`` is for the type checker alone.
     targets = {_name_of(model): model} if model is not None else _targets(run or Path(), base)
-    done = _evaluate_all(targets, base, (chosen, asked), (k, sampling, seed), out or run)
+    early = None if extrapolate_from is None else (extrapolate_from, coefficient)
+    if early is not None:
+        # A name of its own, so that its samples are not taken for the model's.
+        targets = {f"{name}-from-{_name_of(early[0])}-c{coefficient:g}": where for name, where in targets.items()}
+    done = _evaluate_all(targets, (base, early), (chosen, asked), (k, sampling, seed), out or run)
     _show(done, f"{task}, {split}", as_json)
 
 
 def _evaluate_all(
     targets: dict[str, str],
-    base: str | None,
+    beside: tuple[str | None, tuple[str, float] | None],
     posed: "tuple[Task, list[Problem]]",
     draw: "tuple[int, Sampling, int]",
     out: Path | None,
 ) -> "dict[str, Evaluation]":
-    """Evaluate every target, on disk where ``out`` says so."""
+    """Evaluate every target, on disk where ``out`` says so; ``beside`` it the base, and what to extrapolate its logits from."""
     from rich.console import Console
     from rich.progress import track
     from transformers.utils.logging import disable_progress_bar
 
     from rankleap.evaluation.evaluate import evaluate, evaluate_checkpoint, load_model
     from rankleap.evaluation.saved import samples_path
+    from rankleap.leap.logits import load_extrapolated
     from rankleap.tasks.grading import GraderPool
 
     disable_progress_bar()
-    (task, problems), (k, sampling, seed) = posed, draw
+    (base, early), (task, problems), (k, sampling, seed) = beside, posed, draw
     done = {}
     # One pool for all checkpoints, so that its processes start once.
     with GraderPool(task) as pool:
         for name, where in track(targets.items(), "evaluating", console=Console(stderr=True)):
             # Only a promise: nothing is loaded where every sample is on disk already.
-            load = partial(load_model, where, base)
+            load = (
+                partial(load_model, where, base) if early is None else partial(load_extrapolated, where, *early, base)
+            )
             if out is None:
                 model, tokenizer = load()
                 done[name], _ = evaluate(model, tokenizer, pool, problems, k=k, sampling=sampling, seed=seed)
@@ -107,13 +123,6 @@ def _targets(run: Path, base: str | None) -> dict[str, str]:
     targets |= {f"checkpoint-{step}": str(one.directory) for step, one in opened.checkpoints.items()}
     leaps = sorted(path.parent for path in (run / "leaps").glob("*/*/manifest.json"))
     return targets | {f"{leap.parent.name}-{leap.name}": str(leap) for leap in leaps}
-
-
-def _of_run(run: Path | None) -> dict[str, dict[str, Any]]:
-    """The resolved recipe of a run that rankleap trained; empty for any other."""
-    config = run / "config.json" if run is not None else None
-    values = read_json(config) if config is not None and config.exists() else {}
-    return values if "train" in values else {}
 
 
 def _name_of(model: str) -> str:

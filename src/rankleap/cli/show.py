@@ -4,11 +4,14 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rankleap.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from rankleap.config import Recipe
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 RunDirectory = Annotated[Path, typer.Argument(help="A run: a directory that holds checkpoint-N folders.")]
@@ -66,6 +69,16 @@ def extras(need: str) -> Iterator[None]:
         if top not in _EXTRA_OF:
             raise
         raise MissingExtraError(need, _EXTRA_OF[top]) from None
+
+
+def recipe_of(run: Path | None) -> "Recipe | None":
+    """The recipe of a run that rankleap trained; ``None`` for any other."""
+    from rankleap.config import make_recipe
+    from rankleap.files import read_json
+
+    config = run / "config.json" if run is not None else None
+    values = read_json(config) if config is not None and config.exists() else {}
+    return make_recipe(values, str(config)) if "train" in values else None
 
 
 def short_list(values: Sequence[object]) -> str:

@@ -37,10 +37,24 @@ class Leap:
         """Delta of one tensor since the base."""
         return self.forecast.delta(name, self.step, self.coefficient)
 
+    @property
+    def target(self) -> float:
+        """The step that is predicted, before the coefficient scales the way there."""
+        return self.forecast.reach if self.step is None else self.step
+
+    @property
+    def start(self) -> int:
+        """The origin's step."""
+        return 0 if self.forecast.origin == "base" else self.trajectory.steps[-1]
+
+    @property
+    def ahead(self) -> float:
+        """How many steps beyond the last checkpoint the leap claims to stand; 0 for one that only denoises."""
+        return max(0.0, self.start + self.coefficient * (self.target - self.start) - self.trajectory.steps[-1])
+
     def describe(self) -> dict[str, object]:
         """What a manifest says of it."""
-        last = self.trajectory.steps[-1]
-        target = self.forecast.reach if self.step is None else self.step
+        last, target = self.trajectory.steps[-1], self.target
         facts = {"method": self.forecast.method, "origin": self.forecast.origin, "coefficient": self.coefficient}
         return {**facts, "from_step": last, "target_step": target, "forecast": self.forecast.to_json()}
 

@@ -6,7 +6,7 @@
 checkpoint: NExt). Coefficient 0 is the origin, 1 the method's own prediction. Everything is measured since the base, so
 nothing can be added twice.
 
-Shapes: T steps of the trajectory.
+Shapes: T steps of the trajectory; M rows and N columns of a matrix.
 """
 
 from abc import ABC, abstractmethod
@@ -17,11 +17,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rankleap.checkpoints import Delta, combine
+from rankleap.checkpoints import Delta, LowRank, combine
 from rankleap.errors import TrajectoryError
 from rankleap.trajectory import Trajectory
 
 Origin = Literal["base", "last"]
+Continues = Literal["any line", "lines through the base", "rank-one lines through the base", "nothing"]
+"""Which straight paths a method continues exactly."""
 SHARED = "*"
 """Key of a line that holds for every tensor."""
 
@@ -40,7 +42,23 @@ class Forecast(ABC):
 
     @abstractmethod
     def to_json(self) -> dict[str, object]:
-        """Everything but the trajectory, for a manifest; the forecast's own ``from_json`` reads it back."""
+        """Everything but the trajectory, for a manifest; ``read_forecast`` reads it back."""
+
+    def target(self, step: float | None = None) -> float:
+        """The step that is meant (default: ``reach``); raises ``TrajectoryError`` when it is behind the origin."""
+        first, step = 0 if self.origin == "base" else self.trajectory.steps[-1], self.reach if step is None else step
+        if not step >= first:  # NaN is nowhere ahead
+            raise TrajectoryError(
+                f"{self.method} cannot leap to step {step:g}, behind its origin ({self.origin}); "
+                f"choose a step from {first} on, or fit on fewer checkpoints"
+            )
+        return step
+
+
+def require_same_steps(saved: Mapping[str, Any], trajectory: Trajectory) -> None:
+    """Raise ``TrajectoryError`` unless a saved forecast was fitted on these steps."""
+    if saved["steps"] != list(trajectory.steps):
+        raise TrajectoryError(f"the forecast was fitted on steps {saved['steps']}, got {list(trajectory.steps)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +93,7 @@ class Mixture(Forecast):
         origin_T = torch.zeros(len(self.trajectory.steps), dtype=torch.float64)
         if self.origin == "last":
             origin_T[-1] = 1.0
-        target_T = line.at(self.reach if step is None else step)
+        target_T = line.at(self.target(step))
         return origin_T + coefficient * (target_T - origin_T)
 
     def delta(self, name: str, step: float | None = None, coefficient: float = 1.0) -> Delta:
@@ -95,8 +113,7 @@ class Mixture(Forecast):
     @classmethod
     def from_json(cls, saved: Mapping[str, Any], trajectory: Trajectory) -> "Mixture":
         """Read what ``to_json`` gave, for the trajectory that it was fitted on."""
-        if saved["steps"] != list(trajectory.steps):
-            raise TrajectoryError(f"the forecast was fitted on steps {saved['steps']}, got {list(trajectory.steps)}")
+        require_same_steps(saved, trajectory)
         lines = {
             name: Line(*(torch.tensor(part, dtype=torch.float64) for part in parts))
             for name, parts in saved["lines"].items()
@@ -104,13 +121,55 @@ class Mixture(Forecast):
         return cls(saved["method"], saved["origin"], trajectory, saved["reach"], lines)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class RankOne(Forecast):
+    """A forecast that adds one product to each matrix: ``origin + coefficient · (at_zero_M + per_unit_M · y) right_N``.
+
+    ``y`` is a line in the step, at most ``ceiling``. Tensors without a product stay at the origin.
+    """
+
+    method: str
+    origin: Origin
+    trajectory: Trajectory
+    reach: float
+    settings: Mapping[str, object]
+    products: Mapping[str, tuple[Tensor, Tensor]]
+    """``at_zero_M`` and ``per_unit_M`` as columns, ``right_N`` as a row."""
+    axis: tuple[float, float]
+    ceiling: float
+    ambiguous: tuple[str, ...]
+    """Matrices in which a sign is a guess (``trajectory.align``)."""
+
+    def delta(self, name: str, step: float | None = None, coefficient: float = 1.0) -> Delta:
+        """Delta of one tensor since the base; a matrix moves by a product of rank 1."""
+        at_zero, per_step = self.axis
+        y = min(at_zero + per_step * self.target(step), self.ceiling)
+        terms: list[tuple[float, Delta]] = []
+        if name in self.products and coefficient != 0:
+            left_M2, right_1N = self.products[name]
+            terms.append((coefficient, LowRank(left_M2 @ torch.tensor([[1.0], [y]]), right_1N)))
+        # The last delta also gives the base's zero its shape and kind.
+        if self.origin == "last" or not terms:
+            last = self.trajectory.delta(name, self.trajectory.steps[-1])
+            terms.insert(0, (1.0 if self.origin == "last" else 0.0, last))
+        return combine(terms)
+
+    def to_json(self) -> dict[str, object]:
+        """The settings: fitting again gives the same bits, and the products would be megabytes."""
+        facts = {"method": self.method, "origin": self.origin, "steps": list(self.trajectory.steps)}
+        return {**facts, "reach": self.reach, "settings": self.settings, "ambiguous": list(self.ambiguous)}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Predictor(ABC):
     """Settings of a method; ``window`` is how many of the newest checkpoints it looks at (``None``: all)."""
 
-    name: ClassVar[str]
     needs: ClassVar[int]
-    origin: ClassVar[Origin]
+    continues: ClassVar[Continues] = "nothing"
+    uses_scores: ClassVar[bool] = False
+    """Whether there is a field ``scores`` for pairs of a step and its accuracy."""
+    name: str
+    origin: Origin = "last"
     window: int | None = None
 
     @abstractmethod
@@ -128,6 +187,18 @@ class Predictor(ABC):
             )
         return len(steps) - seen
 
-    def shared(self, trajectory: Trajectory, reach: float, at_zero_T: Tensor, per_step_T: Tensor) -> Mixture:
-        """A mixture with one line for all tensors."""
-        return Mixture(self.name, self.origin, trajectory, reach, {SHARED: Line(at_zero_T, per_step_T)})
+    def matrices(self, trajectory: Trajectory) -> list[str]:
+        """Matrices of linear layers, which the published rank-1 methods move; raises ``TrajectoryError`` for fused experts."""
+        if fused := [name for name, shape in trajectory.shapes.items() if len(shape) == 3]:
+            raise TrajectoryError(
+                f"{self.name} reads matrices, {fused[0]} holds fused experts; choose 'relex' or 'window'"
+            )
+        kinds = ("embed", "lm_head")
+        return [n for n, shape in trajectory.shapes.items() if len(shape) == 2 and not any(kind in n for kind in kinds)]
+
+    def shared(
+        self, trajectory: Trajectory, reach: float, at_zero_T: Tensor, per_step_T: Tensor | None = None
+    ) -> Mixture:
+        """A mixture with one line for all tensors; by default a level one, whatever the target."""
+        line = Line(at_zero_T, torch.zeros_like(at_zero_T) if per_step_T is None else per_step_T)
+        return Mixture(self.name, self.origin, trajectory, reach, {SHARED: line})

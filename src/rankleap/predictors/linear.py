@@ -13,17 +13,17 @@ from typing import ClassVar
 
 import torch
 
-from rankleap.predictors.forecast import Forecast, Origin, Predictor
+from rankleap.predictors.forecast import Continues, Forecast, Predictor
 from rankleap.trajectory import Trajectory, line_weights
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WeightLinear(Predictor):
     """The least-squares line through the last checkpoints."""
 
-    name: ClassVar[str] = "weight-linear"
     needs: ClassVar[int] = 2
-    origin: ClassVar[Origin] = "last"
+    continues: ClassVar[Continues] = "any line"
+    name: str = "weight-linear"
 
     def fit(self, trajectory: Trajectory) -> Forecast:
         """Fit on the window; the same line for every tensor, since its weights depend on the steps alone."""
@@ -36,13 +36,13 @@ class WeightLinear(Predictor):
         return self.shared(trajectory, reach, at_zero_T, at_one_T - at_zero_T)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Window(Predictor):
     """From the last checkpoint along the difference of two averaged halves."""
 
-    name: ClassVar[str] = "window"
     needs: ClassVar[int] = 2
-    origin: ClassVar[Origin] = "last"
+    continues: ClassVar[Continues] = "any line"
+    name: str = "window"
 
     def fit(self, trajectory: Trajectory) -> Forecast:
         """Average the halves of the window; of an odd number the middle one counts for neither."""

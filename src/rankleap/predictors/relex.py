@@ -6,8 +6,11 @@
 v₁ is itself a mixture of the deltas (``TemporalBasis.mix_RT``), so the forecast is one too. u and v flip together: no sign
 problem. Its share of energy is not evidence of drift: a driftless walk has 0.81 (see ``trajectory.linearity``).
 
+``relex-shrunk`` starts from the last checkpoint instead, W_last + λ·(Ŵ(t′) - W_last): its coefficient is the λ that keeps an
+extrapolation near what is known to work, where the plain one has destroyed models.
+
 How we differ: steps instead of checkpoint indices, float32 deltas instead of float16 ones, and no hidden factor on the
-target. At the last step itself (the default target) the forecast only denoises; give a later step to extrapolate.
+target. By default ``relex`` aims at the last step itself and only denoises; ``relex-shrunk`` looks one window ahead.
 """
 
 from dataclasses import dataclass
@@ -16,24 +19,26 @@ from typing import ClassVar
 import torch
 
 from rankleap.lowrank import temporal_basis
-from rankleap.predictors.forecast import Forecast, Line, Mixture, Origin, Predictor
+from rankleap.predictors.forecast import Continues, Forecast, Line, Mixture, Origin, Predictor
 from rankleap.trajectory import Trajectory, line_weights
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Relex(Predictor):
     """Rank 1 over time, linear in the step."""
 
-    name: ClassVar[str] = "relex"
     needs: ClassVar[int] = 2
-    origin: ClassVar[Origin] = "base"
+    continues: ClassVar[Continues] = "lines through the base"
+    name: str = "relex"
+    origin: Origin = "base"
 
     def fit(self, trajectory: Trajectory) -> Forecast:
         """One basis and one line per tensor."""
         first = self.first(trajectory)
         step_T = torch.tensor(trajectory.steps, dtype=torch.float64)
         lines = {name: self._line(trajectory, name, first, step_T) for name in trajectory.shapes}
-        return Mixture(self.name, self.origin, trajectory, float(step_T[-1]), lines)
+        ahead = step_T[-1] - step_T[first] if self.origin == "last" else 0
+        return Mixture(self.name, self.origin, trajectory, float(step_T[-1] + ahead), lines)
 
     def _line(self, trajectory: Trajectory, name: str, first: int, step_T: torch.Tensor) -> Line:
         basis = temporal_basis(trajectory.gram(name, first))

@@ -6,8 +6,15 @@ into the live model. ``leaps/decisions.jsonl`` has a line per attempt. A checkpo
 reached, a leap always a directory of its own; after a kill the decision is read back, or the attempt made again.
 
 Leaps here move the *trained* tensors: all weights, or the adapter's own (A, B, m), so that training can go on in them.
+
+Adam's moments, n steps leapt: *carry* keeps both; *reset* forgets both, so that each next step has the size of the learning
+rate in every coordinate, noise or not (as the published re-grounding does, which restarts its optimizer); *rescale* keeps the
+second, the scale of gradients, which n steps of the same run would hardly change, and multiplies the first by β₁ⁿ, the weight
+that Adam itself would give today's gradients then: a direction that the leap has walked already is not walked again, and the
+next steps are small until fresh gradients have formed one.
 """
 
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,9 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from peft import PeftModel, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -25,7 +30,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from rankleap.checkpoints import FullCheckpoint, adapter, load_weights, resolve_base
 from rankleap.config import LeapSection, Recipe
 from rankleap.errors import RunError
-from rankleap.evaluation import Sampling
+from rankleap.evaluation import Evaluation, Sampling
 from rankleap.evaluation.evaluate import evaluate
 from rankleap.files import append_jsonl, read_jsonl, write_aside, write_jsonl
 from rankleap.leap import (
@@ -35,6 +40,7 @@ from rankleap.leap import (
     GateSettings,
     Leap,
     leap_weights,
+    require_finite_logits,
     search,
     write_leap,
 )
@@ -75,7 +81,7 @@ class Leaper(TrainerCallback):
         write_jsonl(self.out / "leaps" / DECISIONS, made)
         here = [row for row in made if row["step"] == state.global_step]
         if here and here[0]["taken"]:
-            self._go_on_from(self.out / here[0]["directory"], kwargs)
+            self._go_on_from(self.out / here[0]["directory"], here[0]["ahead"], kwargs)
         elif not here and self._due(state.global_step):
             self._attempt(state.global_step, kwargs)
 
@@ -105,8 +111,10 @@ class Leaper(TrainerCallback):
 
     def _attempt(self, step: int, kwargs: dict[str, Any]) -> None:
         settings = self._leap_settings()
-        gate = GateSettings(settings.confidence, settings.max_norm_ratio, settings.max_kl)
-        candidates = Candidates(settings.methods, settings.windows, settings.coefficients)
+        lengths = settings.max_length_ratio, settings.max_truncation_rise
+        gate = GateSettings(settings.confidence, settings.max_norm_ratio, settings.max_kl, *lengths, settings.shrinks)
+        budget = settings.budget and settings.budget // settings.samples
+        candidates = Candidates(settings.methods, settings.windows, settings.coefficients, budget=budget)
         # From disk: a leap is held against the very weights that a resume would load.
         origin = FullCheckpoint(self.out / "checkpoints" / f"checkpoint-{step}", self._file)
         with _aside_of_training(kwargs["model"]):
@@ -116,7 +124,7 @@ class Leaper(TrainerCallback):
             directory = self._write(decision, origin)
             taken = settings.proceed_from == "leap" and directory is not None
             if directory is not None and taken:
-                self._go_on_from(self.out / directory, kwargs)
+                self._go_on_from(self.out / directory, decision.leap.ahead, kwargs)
             else:
                 # Scoring swaps the live weights, and which it leaves there is the search's own affair.
                 _load(kwargs["model"], ((name, origin.weight(name)) for name in origin.shapes))
@@ -143,18 +151,19 @@ class Leaper(TrainerCallback):
 
     def _scorer(
         self, step: int, origin: FullCheckpoint, kwargs: dict[str, Any]
-    ) -> Callable[[Leap | None, Sequence[Problem]], NDArray[np.float64]]:
+    ) -> Callable[[Leap | None, Sequence[Problem]], Evaluation]:
         model, tokenizer, sampling = kwargs["model"], kwargs["processing_class"], self._sampling
         # Leap and origin share a seed, which couples their samples; each step has its own, so no luck lasts.
         seed = self.recipe.seed + GATE_SEED_OFFSET * step
         samples = self._leap_settings().samples
 
-        def score(leap: Leap | None, problems: Sequence[Problem]) -> NDArray[np.float64]:
+        def score(leap: Leap | None, problems: Sequence[Problem]) -> Evaluation:
             weights = (
                 leap_weights(leap, self._base) if leap else ((name, origin.weight(name)) for name in origin.shapes)
             )
             _load(model, weights)
-            return evaluate(model, tokenizer, self.pool, problems, k=samples, sampling=sampling, seed=seed)[0].scores_PK
+            require_finite_logits(model, tokenizer, problems[0].prompt)
+            return evaluate(model, tokenizer, self.pool, problems, k=samples, sampling=sampling, seed=seed)[0]
 
         return score
 
@@ -174,16 +183,20 @@ class Leaper(TrainerCallback):
             decision.leap,
             self._base,
             self.out / relative,
-            {"gate": asdict(decision.verdict)},
+            decision.evidence(),
             side_files=origin.directory,
         )
         return relative
 
-    def _go_on_from(self, directory: Path, kwargs: dict[str, Any]) -> None:
-        leap = FullCheckpoint(directory, self._file)
+    def _go_on_from(self, directory: Path, ahead: float, kwargs: dict[str, Any]) -> None:
+        leap, optimizer = FullCheckpoint(directory, self._file), kwargs["optimizer"]
         _load(kwargs["model"], ((name, leap.weight(name)) for name in leap.shapes))
         if self._leap_settings().optimizer_state == "reset":
-            kwargs["optimizer"].state.clear()
+            optimizer.state.clear()
+        if self._leap_settings().optimizer_state == "rescale":
+            for group in optimizer.param_groups:
+                for moments in (optimizer.state[weight] for weight in group["params"] if weight in optimizer.state):
+                    moments["exp_avg"].mul_(group["betas"][0] ** ahead)
 
 
 def read_decisions(out: Path) -> list[dict[str, Any]]:
@@ -218,7 +231,7 @@ def _load(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def _row(decision: Decision, directory: str | None, taken: bool) -> dict[str, Any]:
-    verdict = decision.verdict
+    verdict, evidence = decision.verdict, decision.evidence()
     return {
         "step": decision.step,
         "accepted": verdict.accepted,
@@ -226,10 +239,12 @@ def _row(decision: Decision, directory: str | None, taken: bool) -> dict[str, An
         "directory": directory,
         "method": decision.leap.forecast.method,
         "coefficient": decision.leap.coefficient,
-        "gain": asdict(verdict.difference),
-        "norm_ratio": verdict.norm_ratio,
+        "ahead": decision.leap.ahead,
+        "gain": verdict.difference and asdict(verdict.difference),
+        # JSON has no infinity, which is what a leap from a run that has not moved has.
+        "norm_ratio": verdict.norm_ratio if math.isfinite(verdict.norm_ratio) else None,
         "kl": verdict.kl,
+        "lengths": verdict.lengths and asdict(verdict.lengths),
         "reasons": list(verdict.reasons),
-        "tried": list(decision.tried),
-        "wall_s": round(decision.wall_s, 3),
+        **{fact: evidence[fact] for fact in ("looks", "tried", "samples_spent", "wall_s")},
     }

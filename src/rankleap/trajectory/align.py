@@ -9,12 +9,16 @@ Published code flips u alone or not at all (papers: 2510.00553, 2604.11446); a s
 Shapes: T steps, M rows, R triplets, N columns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.nn.functional import pad
+
+from rankleap.checkpoints import Delta
+from rankleap.lowrank import factorise
 
 AMBIGUOUS_BELOW = 0.5
 
@@ -51,3 +55,26 @@ def align(triplets: Sequence[tuple[Tensor, Tensor, Tensor]]) -> AlignedFactors:
         aligned.append((left[:, order] * sign_R, sigma[order], right[order] * sign_R[:, None], cos_R))
     columns = zip(*reversed(aligned), strict=True)
     return AlignedFactors(*(torch.stack(column) for column in columns))
+
+
+def leading_path(deltas: Iterable[Delta]) -> tuple[AlignedFactors, Tensor]:
+    """The leading triplet (R = 1) of one matrix's last delta, followed back through the others, and ‖Δ‖_F of each (T).
+
+    Two triplets of each step are kept until they are paired, so that σ₁ and σ₂ may change places on the way. Where a delta
+    is zero its triplet is zero too, and nothing is ambiguous about it.
+    """
+    triplets: list[tuple[Tensor, Tensor, Tensor]] = []
+    norms: list[float] = []
+    for delta in deltas:
+        found = factorise(delta, 2)
+        missing = 2 - len(found.sigma_R)
+        right_RN = pad(found.right_RN, (0, 0, 0, missing))
+        triplets.append((pad(found.left_MR, (0, missing)), pad(found.sigma_R, (0, missing)), right_RN))
+        norms.append(found.norm)
+    both = align(triplets)
+    cosine_TR = both.cosine_TR[:, :1]
+    # A step is compared with the next one, so either of the two may be the one without a direction.
+    still_TR = (both.sigma_TR[:, :1] == 0) | (torch.roll(both.sigma_TR[:, :1], -1, 0) == 0)
+    cosine_TR = torch.where(still_TR, 1.0, cosine_TR)
+    left_TMR, right_TRN = both.left_TMR[:, :, :1], both.right_TRN[:, :1]
+    return AlignedFactors(left_TMR, both.sigma_TR[:, :1], right_TRN, cosine_TR), torch.tensor(norms)
