@@ -84,11 +84,12 @@ def _summary(directory: Path) -> dict[str, object]:
     rows = read_jsonl(directory / "metrics.jsonl")
     # Arms without rewards have a loss that means something instead.
     what = "reward" if "reward" in rows[0] else "loss"
-    last = [row[what] for row in rows if what in row][-10:]
+    # TRL logs None for a step on which no completion earned a reward.
+    last = [row[what] for row in rows if row.get(what) is not None][-10:]
     facts = {
         "run": str(directory),
         "step": rows[-1]["step"],
-        f"{what} (last 10 steps)": round(sum(last) / len(last), 4),
+        f"{what} (last 10 steps)": round(sum(last) / len(last), 4) if last else None,
     }
     leaps = read_decisions(directory)
     return {
