@@ -8,8 +8,8 @@ noise of its own and a random walk on top. The base is a header and a hole: none
 
 - *methods*: seconds to fit, to forecast and write a rank-32 adapter; error ‖Ŵ - W_200‖ / ‖W_150 - W_200‖ at step 200, which
   no method has seen (1 is standing still)
-- *next*: our networks beside the published ones (five times the size, 1000 full-batch updates at 2e-5, PyTorch's own start) on the
-  same signed examples, the whole schedule on ``--layers`` layers; cosine of û and v̂ and relative error of σ̂ at step 200.
+- *next*: our networks beside the published ones (five times the size, 1000 full-batch updates at 2e-5, PyTorch's own start) on
+  the same signed examples, the whole schedule on ``--layers`` layers; cosine of û and v̂ and relative error of σ̂ at step 200.
   At full size the published loop is clocked over a few updates.
 """
 
