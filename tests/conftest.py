@@ -4,7 +4,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no directory must fail at once
 
+import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,14 @@ import torch
 from hypothesis import settings
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from rankleap.checkpoints import Delta
+from rankleap.checkpoints import Delta, resolve_base
 from rankleap.errors import TrajectoryError
+from rankleap.files import write_jsonl
+from rankleap.records import Sample
+from rankleap.tasks import get_task
 from rankleap.trajectory import Trajectory
 
 torch.set_num_threads(1)
@@ -81,6 +86,21 @@ def base_directory(make_model: Callable[..., PreTrainedModel], tmp_path_factory:
     """A tiny Llama, saved by Transformers."""
     directory = tmp_path_factory.mktemp("base")
     make_model().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def small_base(make_model: Callable[..., PreTrainedModel], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with the tokenizer of the bundled ``sums``, and the right samples of a teacher in ``right.jsonl``."""
+    directory, sums = tmp_path_factory.mktemp("small") / "base", resolve_base("bundled:sums")
+    tokenizer = AutoTokenizer.from_pretrained(sums)
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    make_model(vocab_size=len(tokenizer), tie_word_embeddings=True, **special).save_pretrained(directory)
+    for path in sums.glob("tokenizer*"):
+        shutil.copyfile(path, directory / path.name)
+    problems = get_task("sums").problems("train", 8)
+    right = [Sample(p.id, 0, f" Answer: {p.answer}", 4, truncated=False, score=1.0, how="right") for p in problems]
+    write_jsonl(directory / "right.jsonl", [asdict(one) for one in right])
     return directory
 
 
