@@ -55,7 +55,7 @@ class KillBefore(TrainerCallback):
 
 
 class KillAmid(TrainerCallback):
-    """Counts the calls and returns of Python and C in each step and in what follows it, logging and saving; written to ``counts``.
+    """Counts calls and returns of Python and C in each step, and in the logging and saving after it; writes them to ``counts``.
 
     At the ``at``-th of these, (step, is the step over, count), a SIGKILL ends the process.
     """
