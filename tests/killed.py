@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rankleap.algorithms import ALGORITHMS
 from rankleap.config import Recipe
+from rankleap.files import read_jsonl
 from rankleap.training import train
 from recipes import tiny
 
@@ -41,6 +42,12 @@ def short(
         **{f"train__{key}": value for key, value in (sizes | changes).items()},
     )
     return recipe, UNEVEN if by_rewards else {}
+
+
+def numbers(out: Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics without what clocks and memory say."""
+    rows = read_jsonl(out / "metrics.jsonl")
+    return [{key: v for key, v in row.items() if not key.endswith("_s") and key != "peak_memory_bytes"} for row in rows]
 
 
 class KillBefore(TrainerCallback):

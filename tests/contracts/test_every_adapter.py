@@ -15,12 +15,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from killed import short, train_apart
+from killed import numbers, short, train_apart
 from rankleap.adapters import ADAPTERS, prepare, require_injected, target_modules
 from rankleap.adapters.adapter import Adapter
 from rankleap.checkpoints import FullCheckpoint, dense, open_checkpoint
 from rankleap.config import AdapterSection
-from rankleap.files import read_jsonl
 from rankleap.training import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type")
@@ -119,7 +118,7 @@ def test_sigkill_amid_a_random_step_and_amid_a_random_save_changes_no_number(
     kills = [(step, False, draw.randint(1, counts[step, False])), (saved, True, draw.randint(1, counts[saved, True]))]
     assert [train_apart(recipe, run, rewards, kill) for kill in kills] == [-signal.SIGKILL] * 2, kills
     train(recipe, run, rewards=rewards)
-    rows = [[row | {"wall_s": 0} for row in read_jsonl(out / "metrics.jsonl")] for out in (whole, run)]
+    rows = numbers(whole), numbers(run)
     assert rows[1] == rows[0] and len(rows[0]) == 3, kills
     file = "adapter_model.safetensors" if ADAPTERS[name].peft_class else "model.safetensors"
     first, second = (load_file(out / "checkpoints" / "checkpoint-3" / file) for out in (whole, run))

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from killed import short
+from killed import numbers, short
 from rankleap.adapters import ADAPTERS, adapter_mistakes
 from rankleap.algorithms import ALGORITHMS
 from rankleap.errors import RecipeError
-from rankleap.files import read_json, read_jsonl
+from rankleap.files import read_json
 from rankleap.training import train
 from rankleap.training.build import check
 
@@ -63,7 +63,7 @@ def test_a_pair_trains_saves_resumes_and_reloads_or_is_refused_by_name(
         differences = read_json(out / "manifest.json")["round_trip"]
         assert set(differences) == {"reloaded", *(["effective"] if ADAPTERS[adapter].readable else [])}
         assert max(differences.values()) < 1e-5
-        return [row | {"wall_s": 0} for row in read_jsonl(out / "metrics.jsonl")], load_file(last / file)
+        return numbers(out), load_file(last / file)
 
     rows, weights = trained()
     first = load_file(last.with_name("checkpoint-1") / file)
