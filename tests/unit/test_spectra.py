@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from rankleap.checkpoints import LowRank, dense
 from rankleap.lowrank import factorise
-from rankleap.lowrank.spectra import base_basis, energy_in_base, spectrum, stable_rank
+from rankleap.lowrank.factors import base_basis, energy_in_base, spectrum, stable_rank
 
 seeds = st.integers(0, 2**31)
 sizes = st.integers(2, 12)

@@ -18,7 +18,7 @@ from rankleap.checkpoints import Delta, LowRank, is_zero
 from rankleap.errors import UnknownNameError
 from rankleap.files import write_aside, write_json
 from rankleap.lowrank import factorise, rank_one_shares
-from rankleap.lowrank.spectra import base_basis, energy_in_base, spectrum
+from rankleap.lowrank.factors import base_basis, energy_in_base, spectrum
 from rankleap.trajectory import CheckpointTrajectory, Trajectory, linearity_with_nulls
 
 SHARE_DRAWS = 20
