@@ -55,7 +55,7 @@ def write_evidence(trajectory: Trajectory, directory: Path) -> dict[str, object]
 def write_spectra(trajectory: CheckpointTrajectory, directory: Path, globs: Sequence[str]) -> list[str]:
     """Write ``analysis/spectra.safetensors`` of every matrix whose name fits one of ``globs``; gives the names.
 
-    NAME|spectrum: T × K singular values; NAME|energy, NAME|outside: T × K of ``lowrank.spectra.energy_in_base``, where a
+    NAME|spectrum: T × K singular values; NAME|energy, NAME|outside: T × K of ``energy_in_base``, where a
     delta unrelated to the base has 1 - k²/(M·N) outside. Raises ``UnknownNameError`` when no name fits.
     """
     matrices = [name for name, shape in trajectory.shapes.items() if len(shape) == 2]

@@ -264,11 +264,6 @@ def spectrum(delta: Delta) -> Tensor:
     return torch.linalg.svdvals(left_core @ right_core.T)
 
 
-def stable_rank(factors: Factors) -> float:
-    """‖ΔW‖²_F / σ₁²: 1 for a rank-one delta, K for one with equal singular values."""
-    return (factors.norm / float(factors.sigma_R[0])) ** 2
-
-
 def energy_in_base(delta: Delta, basis: BaseBasis) -> tuple[Tensor, Tensor]:
     """Energy on each pair of the base's directions, and the share outside the block of the first k of them, k = 1 … K."""
     # (aᵀ ΔW b) of every pair; an unmultiplied product is taken through its factors.
