@@ -31,7 +31,7 @@ from rankleap.evaluation import (
     write_evaluation,
 )
 from rankleap.evaluation.evaluate import evaluate, evaluate_checkpoint, load_model
-from rankleap.evaluation.saved import read_summaries, samples_path
+from rankleap.evaluation.result import read_summaries, samples_path
 from rankleap.records import Estimate, Problem, Sample
 from rankleap.tasks import get_task
 from rankleap.tasks.grading import GraderPool

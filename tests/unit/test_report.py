@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from rankleap.errors import InputError
 from rankleap.files import append_jsonl, read_json, write_json
 from rankleap.report import headline, write_report
-from rankleap.report.evidence import statistics
 from rankleap.report.figures import accuracy_figure
+from rankleap.report.page import sections
 from rankleap.report.read import TensorEvidence, collect, read_study
-from rankleap.report.sections import sections
+from rankleap.report.sentences import statistics
 
 HOSTILE = "</script><script>alert('x')</script>"
 

@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankleap.checkpoints import LowRank, dense
-from rankleap.lowrank import factorise
-from rankleap.lowrank.spectra import base_basis, energy_in_base, spectrum, stable_rank
+from rankleap.lowrank.factors import base_basis, energy_in_base, spectrum
 
 seeds = st.integers(0, 2**31)
 sizes = st.integers(2, 12)
@@ -24,11 +23,6 @@ def test_a_product_has_the_spectrum_of_its_dense_matrix(rows: int, columns: int,
     kept = min(len(sigma), len(whole))
     torch.testing.assert_close(sigma[:kept], whole[:kept], atol=1e-4, rtol=1e-4)
     assert float(whole[kept:].abs().sum()) < 1e-3
-
-
-def test_the_stable_rank_counts_equal_directions() -> None:
-    assert stable_rank(factorise(torch.eye(5, 9), 1)) == pytest.approx(5)
-    assert stable_rank(factorise(torch.outer(torch.ones(4), torch.ones(3)), 1)) == pytest.approx(1)
 
 
 @given(sizes, sizes, seeds)

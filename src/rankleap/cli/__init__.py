@@ -9,15 +9,12 @@ from collections.abc import Sequence
 
 import typer
 
-from rankleap.cli.demo import demo
 from rankleap.cli.doctor import doctor
 from rankleap.cli.evaluate import evaluate
-from rankleap.cli.inspect import inspect
 from rankleap.cli.leap import leap
-from rankleap.cli.report import report
+from rankleap.cli.report import demo, report
 from rankleap.cli.train import train
-from rankleap.cli.trajectory import trajectory
-from rankleap.cli.watch import watch
+from rankleap.cli.trajectory import inspect, trajectory, watch
 from rankleap.errors import InputError, RankleapError
 
 app = typer.Typer(

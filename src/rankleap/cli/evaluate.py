@@ -89,7 +89,7 @@ def _evaluate_all(
     from transformers.utils.logging import disable_progress_bar
 
     from rankleap.evaluation.evaluate import evaluate, evaluate_checkpoint, load_model
-    from rankleap.evaluation.saved import samples_path
+    from rankleap.evaluation.result import samples_path
     from rankleap.leap.logits import load_extrapolated
     from rankleap.tasks.grading import GraderPool
 

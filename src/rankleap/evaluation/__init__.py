@@ -4,8 +4,7 @@ What needs torch is imported from its own file: ``evaluate``, ``sampler``, ``div
 """
 
 from rankleap.evaluation.metrics import avg_at_k, paired_difference, pass_at_k, smallest_resolvable_difference
-from rankleap.evaluation.result import Evaluation, Sampling
-from rankleap.evaluation.saved import compare, read_samples, read_scores, write_evaluation
+from rankleap.evaluation.result import Evaluation, Sampling, compare, read_samples, read_scores, write_evaluation
 
 __all__ = [
     "Evaluation",

@@ -17,9 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from rankleap.checkpoints import FullCheckpoint, effective_weights, load_weights, open_checkpoint, resolve_base
 from rankleap.checkpoints.layouts import LAYOUTS, layout_of
 from rankleap.errors import CheckpointError, InputError
-from rankleap.evaluation.result import Evaluation, Sampling
+from rankleap.evaluation.result import Evaluation, Sampling, read_samples, read_summaries, save
 from rankleap.evaluation.sampler import sample
-from rankleap.evaluation.saved import read_samples, read_summaries, save
 from rankleap.files import read_json
 from rankleap.records import Problem, Sample
 from rankleap.tasks.grading import GraderPool

@@ -10,6 +10,13 @@ A product L·R is factored exactly without multiplying it out: L = Q_l·C_l, R�
 C_l·C_rᵀ. A small dense matrix gets a full SVD; a large one block Lanczos (``lanczos``), straight from the files if need be.
 
 Shapes: M rows, N columns, R triplets, K the smaller side of a core, E fused experts. float32 in, float32 out.
+
+Whole spectra, where they are asked for: of the delta, and of its energy in the base's own singular basis.
+
+    W_0 = Σ_i s_i a_i b_iᵀ        energy_i = (a_iᵀ ΔW b_i)² / ‖ΔW‖²_F          (after 2512.23165, spectral analysis)
+    off_principal(k) = 1 - Σ_{i,j<k} (a_iᵀ ΔW b_j)² / ‖ΔW‖²_F                   (after 2511.08567)
+
+A full SVD of one 7B-sized matrix takes minutes on two cores, hence only for the tensors that are asked for.
 """
 
 import math
@@ -18,7 +25,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rankleap.checkpoints import Delta, DeltaRows, LowRank
+from rankleap.checkpoints import Delta, DeltaRows, LowRank, inner
 from rankleap.checkpoints.delta import BLOCK_BYTES, not_finite, require_finite, row_slices
 from rankleap.errors import InputError, NotConvergedError
 from rankleap.lowrank.lanczos import Blocks, lanczos
@@ -233,3 +240,38 @@ def _apply(delta: Delta, vectors_NR: Tensor) -> Tensor:
 
 def _transposed(delta: Delta) -> Delta:
     return LowRank(delta.right_RN.T, delta.left_MR.T) if isinstance(delta, LowRank) else delta.T
+
+
+@dataclass(frozen=True, slots=True)
+class BaseBasis:
+    """The singular basis of one matrix of the base."""
+
+    left_MK: Tensor
+    right_KN: Tensor
+
+
+def base_basis(weight_MN: Tensor) -> BaseBasis:
+    """Singular basis of a base weight, principal directions first."""
+    left_MK, _, right_KN = torch.linalg.svd(weight_MN.float(), full_matrices=False)
+    return BaseBasis(left_MK, right_KN)
+
+
+def spectrum(delta: Delta) -> Tensor:
+    """All singular values of a delta, largest first; of a product those that it can have, through its core."""
+    if isinstance(delta, Tensor):
+        return torch.linalg.svdvals(delta)
+    left_core, right_core = torch.linalg.qr(delta.left_MR)[1], torch.linalg.qr(delta.right_RN.T)[1]
+    return torch.linalg.svdvals(left_core @ right_core.T)
+
+
+def energy_in_base(delta: Delta, basis: BaseBasis) -> tuple[Tensor, Tensor]:
+    """Energy on each pair of the base's directions, and the share outside the block of the first k of them, k = 1 … K."""
+    # (aᵀ ΔW b) of every pair; an unmultiplied product is taken through its factors.
+    if isinstance(delta, Tensor):
+        core_KK = basis.left_MK.T @ delta @ basis.right_KN.T
+    else:
+        core_KK = (basis.left_MK.T @ delta.left_MR) @ (delta.right_RN @ basis.right_KN.T)
+    square_KK = core_KK.double() ** 2
+    total = inner(delta, delta)
+    block_K = square_KK.cumsum(0).cumsum(1).diagonal()
+    return (square_KK.diagonal() / total).float(), (1 - block_K / total).float()

@@ -22,8 +22,7 @@ def write_report(directories: Sequence[Path], out: Path) -> Path:
     Raises ``InputError`` for a directory that holds nothing to show, and rather than replace what is not a report.
     """
     # Here and not above, so that ``headline`` works where the extra is not installed.
-    from rankleap.report.page import render
-    from rankleap.report.sections import Section, sections, title
+    from rankleap.report.page import Section, render, sections, title
 
     _refuse_to_replace(out)
     groups = collect(directories)

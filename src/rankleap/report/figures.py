@@ -11,9 +11,8 @@ from typing import Any
 
 import altair as alt
 
-from rankleap.report.evidence import NULLS, Statistic
 from rankleap.report.read import Arm, Run, Study
-from rankleap.report.sentences import AVERAGED, LEAP, PLAIN
+from rankleap.report.sentences import AVERAGED, LEAP, NULLS, PLAIN, Statistic
 
 WIDTH, HEIGHT = 370, 250
 """Of one panel, in pixels of the static picture; two stand side by side."""

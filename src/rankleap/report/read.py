@@ -191,7 +191,6 @@ def _study_group(directory: Path) -> Group:
 
 def _read_run(directory: Path, name: str) -> Run | None:
     """Read one run, or return nothing where there is no part of one."""
-    trajectory = directory / "trajectory" / "index.json"
     run = Run(
         name=name,
         path=directory,
@@ -202,8 +201,8 @@ def _read_run(directory: Path, name: str) -> Run | None:
             path.parent.relative_to(directory / "evaluation").as_posix(): _evaluations(path)
             for path in sorted((directory / "evaluation").glob("**/summary.json"))
         },
-        evidence=_evidence(directory / "analysis" / "evidence.json"),
-        recorded=_steps(trajectory) if trajectory.is_file() else (),
+        evidence=_listed(tuple[TensorEvidence, ...], directory / "analysis" / "evidence.json", "tensors"),
+        recorded=_listed(tuple[int, ...], directory / "trajectory" / "index.json", "steps"),
     )
     parts = (run.metrics, run.decisions, run.evaluations, run.evidence, run.recorded)
     # A run that has only begun holds its recipe and nothing else.
@@ -229,16 +228,12 @@ def _evaluations(path: Path) -> dict[str, EvaluationSummary]:
     return _checked(dict[str, EvaluationSummary], renamed, str(path))
 
 
-def _evidence(path: Path) -> tuple[TensorEvidence, ...]:
+def _listed(kind: Any, path: Path, key: str) -> Any:
+    """What a file has under one key; nothing where there is no file."""
     if not path.is_file():
         return ()
     values = _checked(dict[str, Any], read_json(path), str(path))
-    return _checked(tuple[TensorEvidence, ...], values.get("tensors", ()), str(path))
-
-
-def _steps(path: Path) -> tuple[int, ...]:
-    values = _checked(dict[str, Any], read_json(path), str(path))
-    return _checked(tuple[int, ...], values.get("steps", ()), str(path))
+    return _checked(kind, values.get(key, ()), str(path))
 
 
 @cache

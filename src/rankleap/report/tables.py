@@ -11,9 +11,8 @@ from html import escape
 from statistics import mean
 
 from rankleap.records import Estimate
-from rankleap.report.evidence import NULLS, Statistic
 from rankleap.report.read import LeapDecision, Run, Study
-from rankleap.report.sentences import interval, percent
+from rankleap.report.sentences import NULLS, Statistic, interval, percent
 
 Value = str | int | float | None
 Row = Mapping[str, Value]

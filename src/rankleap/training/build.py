@@ -47,7 +47,7 @@ from rankleap.config import Recipe
 from rankleap.errors import InputError, RankleapError, RecipeError, UnknownNameError
 from rankleap.evaluation import Sampling
 from rankleap.evaluation.evaluate import evaluate, load_model
-from rankleap.evaluation.saved import read_samples
+from rankleap.evaluation.result import read_samples
 from rankleap.files import write_aside, write_jsonl
 from rankleap.predictors import PREDICTORS
 from rankleap.records import Problem

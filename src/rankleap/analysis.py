@@ -18,7 +18,7 @@ from rankleap.checkpoints import Delta, LowRank, is_zero
 from rankleap.errors import UnknownNameError
 from rankleap.files import write_aside, write_json
 from rankleap.lowrank import factorise, rank_one_shares
-from rankleap.lowrank.spectra import base_basis, energy_in_base, spectrum
+from rankleap.lowrank.factors import base_basis, energy_in_base, spectrum
 from rankleap.trajectory import CheckpointTrajectory, Trajectory, linearity_with_nulls
 
 SHARE_DRAWS = 20
@@ -55,7 +55,7 @@ def write_evidence(trajectory: Trajectory, directory: Path) -> dict[str, object]
 def write_spectra(trajectory: CheckpointTrajectory, directory: Path, globs: Sequence[str]) -> list[str]:
     """Write ``analysis/spectra.safetensors`` of every matrix whose name fits one of ``globs``; gives the names.
 
-    NAME|spectrum: T × K singular values; NAME|energy, NAME|outside: T × K of ``lowrank.spectra.energy_in_base``, where a
+    NAME|spectrum: T × K singular values; NAME|energy, NAME|outside: T × K of ``energy_in_base``, where a
     delta unrelated to the base has 1 - k²/(M·N) outside. Raises ``UnknownNameError`` when no name fits.
     """
     matrices = [name for name, shape in trajectory.shapes.items() if len(shape) == 2]
