@@ -99,7 +99,8 @@ def _run(
     built = build(recipe, out, rewards)
     try:
         require_space(out, _plan(recipe, built, None).disk_bytes)
-        _describe(recipe, out, source, built, rewards)
+        if built.trainer.is_world_process_zero():
+            _describe(recipe, out, source, built, rewards)
         for callback in _callbacks(recipe, out, built, callbacks):
             built.trainer.add_callback(callback)
         # Without tqdm Transformers prints its logs instead; they are in metrics.jsonl.
@@ -129,14 +130,15 @@ def _finish(trainer: Trainer, last: Path) -> None:
 def _record_round_trip(recipe: Recipe, out: Path, built: Built) -> None:
     accelerator = built.trainer.accelerator
     # Of several processes each may hold but a shard.
-    alone = accelerator.num_processes == 1
+    whole = not built.trainer.is_fsdp_enabled and not built.trainer.is_deepspeed_enabled
+    if not accelerator.is_main_process:
+        return
     # In float32, so without the autocast that a bfloat16 run wraps around forward.
     live = accelerator.unwrap_model(built.trainer.model, keep_fp32_wrapper=False)
-    found = round_trip(recipe, out, live) if alone else {}
-    if accelerator.is_main_process:
-        write_json(out / "manifest.json", read_json(out / "manifest.json") | {"round_trip": found})
-        large = max(found.values(), default=0.0) > LARGEST_ROUND_TRIP
-        log.log(logging.WARNING if large else logging.INFO, "round trip: %s", found)
+    found = round_trip(recipe, out, live) if whole and not recipe.model.load_in_4bit else {}
+    write_json(out / "manifest.json", read_json(out / "manifest.json") | {"round_trip": found})
+    large = max(found.values(), default=0.0) > LARGEST_ROUND_TRIP
+    log.log(logging.WARNING if large else logging.INFO, "round trip: %s", found)
 
 
 @contextmanager
@@ -260,7 +262,7 @@ def _resumable(out: Path) -> Path | None:
             complete.append(path)
         except (OSError, json.JSONDecodeError):
             log.warning("%s is half-written and is removed; its step is taken again", path)
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # another process may be at it as well
     return complete[-1] if complete else None
 
 
