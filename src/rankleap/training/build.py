@@ -116,7 +116,7 @@ def build(recipe: Recipe, out: Path, rewards: Rewards | None = None) -> Built:
     require_rank(model, adapter, recipe.adapter, targets)
     task = get_task(recipe.task.name)
     problems = task.problems("train", recipe.task.train_problems)
-    settings: Any = trl_config(recipe, out)
+    settings: Any = trl_config(recipe, out, processes())
     # A teacher's samples are drawn once; the other processes read them.
     with settings.main_process_first():
         rows, lessons = _lessons(recipe, out, problems)
@@ -245,15 +245,15 @@ def _rollout_settings(rollout: RolloutSection) -> dict[str, Any]:
     return {"use_vllm": True, "vllm_mode": "colocate", **shares}
 
 
-def trl_config(recipe: Recipe, out: Path) -> TrainingArguments:
-    """TRL's settings for a recipe; a step's completions are shared out among the processes."""
+def trl_config(recipe: Recipe, out: Path, count: int = 1) -> TrainingArguments:
+    """TRL's settings for a recipe, in each of ``count`` processes that share out a step's completions."""
     train, algorithm = recipe.train, get_algorithm(recipe.algorithm.name)
     batch = train.prompts_per_step * train.completions_per_prompt
     micro = train.micro_batch or batch
     settings: dict[str, Any] = {
         "output_dir": str(out / "checkpoints"),
         "max_steps": train.steps,
-        "per_device_train_batch_size": micro // processes(),
+        "per_device_train_batch_size": micro // count,
         "gradient_accumulation_steps": batch // micro,
         "learning_rate": train.learning_rate,
         "lr_scheduler_type": train.schedule,

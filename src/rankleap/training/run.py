@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 from datasets import disable_progress_bars, enable_progress_bars
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
+from peft import PeftModel
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from rankleap.adapters import adapter_notes, get_adapter
+from rankleap.adapters.adapter import LIVE
 from rankleap.checkpoints import resolve_base
 from rankleap.config import Recipe
 from rankleap.errors import DiskSpaceError, InputError
@@ -210,7 +212,20 @@ def _callbacks(recipe: Recipe, out: Path, built: Built, more: Sequence[TrainerCa
     # The recorder comes before the leaper: factors of a step are those that training reached.
     leaper = [Leaper(recipe, out, built.pool)] if recipe.leap else []
     metrics = MetricsLog(out / "metrics.jsonl")
-    return [metrics, *recorder, Lap(metrics, "record_s"), *leaper, Lap(metrics, "leap_s"), *more]
+    found = [metrics, *recorder, Lap(metrics, "record_s"), *leaper, Lap(metrics, "leap_s")]
+    if not built.trainer.is_world_process_zero():
+        # One process writes; the recorder stays, for a shard is gathered by all.
+        found = recorder
+    return [*found, *([_DescribeShards()] if built.trainer.is_fsdp_enabled else []), *more]
+
+
+class _DescribeShards(TrainerCallback):
+    """Puts an adapter's config beside its shards, without which nobody could tell what they mean."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero and isinstance(kwargs["model"], PeftModel):
+            saved = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            kwargs["model"].peft_config[LIVE].save_pretrained(str(saved))
 
 
 def _describe(recipe: Recipe, out: Path, source: str | None, built: Built, rewards: Rewards) -> None:
