@@ -27,6 +27,10 @@ class ModelSection(_Section):
     """`bundled:NAME`, a directory, or a name on the Hub."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision to load the weights in; TRL computes in what is loaded."""
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = None
+    """How attention is computed; unset leaves Transformers' choice."""
+    load_in_4bit: bool = False
+    """Hold the frozen base in 4 bits (QLoRA, by bitsandbytes); for adapters only."""
 
 
 class TaskSection(_Section):
@@ -110,7 +114,7 @@ class TrainSection(_Section):
     completions_per_prompt: int = Field(default=8, ge=2)
     """Completions of each prompt: the group whose mean is the baseline."""
     micro_batch: int | None = Field(default=None, ge=1)
-    """Completions in one forward pass; unset means all of a step at once."""
+    """Completions in one forward pass, over all processes together; unset means all of a step at once."""
     max_completion_tokens: int = Field(default=32, ge=1)
     """Longest completion."""
     temperature: float = Field(default=1.0, gt=0)
@@ -129,6 +133,19 @@ class TrainSection(_Section):
     """Experiment trackers, as in TRL: `wandb`, `tensorboard`, `trackio`, `mlflow`."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads; unset leaves torch's choice."""
+
+
+class RolloutSection(_Section):
+    """What samples the completions."""
+
+    engine: Literal["transformers", "vllm-colocate", "vllm-server"] = "transformers"
+    """`vllm-colocate` shares the training GPUs; `vllm-server` asks a `vllm serve` elsewhere; both get merged weights."""
+    memory_share: float = Field(default=0.3, gt=0, lt=1)
+    """Colocated vLLM: share of each GPU's memory that it takes."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Colocated vLLM: GPUs that hold one model together."""
+    server_url: str = "http://localhost:8000"
+    """vLLM server: where it listens."""
 
 
 class RecordSection(_Section):
@@ -186,6 +203,7 @@ class Recipe(_Section):
     """Weights of the rewards that are added up: `task` its verdict, `format` one marked answer,
     `repetition` (negative) of token 3-grams."""
     train: TrainSection
+    rollout: RolloutSection = RolloutSection()
     record: RecordSection = RecordSection()
     leap: LeapSection | None = None
 

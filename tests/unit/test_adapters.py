@@ -39,6 +39,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type")
 TARGETS = ("q_proj", "v_proj", "down_proj")
 TOKENS = torch.arange(24).reshape(2, 12)
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+SHARDED = {**FSDP2, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+LAUNCHED = {
+    "an adapter on FSDP2": FSDP2,
+    "PiSSA, MiLoRA, MiCA": SHARDED,
+    "PPO on FSDP": ZERO3 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "an adapter with vLLM on": ZERO3,
+}
+VLLM = {"engine": "vllm-server"}
 
 
 def recipe(method: str, **changes: Any) -> Recipe:
@@ -52,6 +61,13 @@ REFUSED = {
     "AdaLoRA without a step budget": recipe("adalora", train__steps=4, adapter__options={"tinit": 1, "tfinal": 2}),
     "[leap] with an adapter whose": recipe("hira", leap={"every": 1}),
     "an adapter on FSDP2": recipe("lora"),
+    "PiSSA, MiLoRA, MiCA": recipe("vera"),
+    "PPO on FSDP": recipe("lora", algorithm__name="ppo"),
+    "a 4-bit base (QLoRA) with vLLM": recipe("lora", model__load_in_4bit=True, rollout=VLLM),
+    "a 4-bit base with full": recipe("full", model__load_in_4bit=True),
+    "an adapter with vLLM on": recipe("dora", rollout=VLLM),
+    "AdaLoRA with vLLM": recipe("adalora", train__steps=10, rollout=VLLM),
+    "vLLM with an algorithm": recipe("full", algorithm__name="sft", rollout=VLLM),
 }
 
 
@@ -59,13 +75,23 @@ REFUSED = {
 def test_each_unsafe_pair_is_refused_before_anything_is_written(
     when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for key, value in FSDP2.items() if "FSDP2" in when else ():
+    for key, value in LAUNCHED.get(when, {}).items():
         monkeypatch.setenv(key, value)
     rule = next(rule for rule in RULES if rule.when.startswith(when))
     with pytest.raises(RecipeError) as caught:
         train(REFUSED[when], tmp_path / "run")
     assert rule.why in str(caught.value) and rule.instead in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("launched", [SHARDED, ZERO3, {**ZERO3, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, {}])
+@pytest.mark.parametrize("method", ["full", "lora", "pissa", "lorafa"])
+def test_shards_refuse_what_needs_whole_matrices_and_nothing_else(
+    method: str, launched: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in launched.items():
+        monkeypatch.setenv(key, value)
+    assert bool(adapter_mistakes(recipe(method))) == (method in ("pissa", "lorafa") and launched in (SHARDED, ZERO3))
 
 
 def test_every_refusal_of_the_table_is_tried() -> None:

@@ -200,11 +200,16 @@ def require_rank(model: nn.Module, adapter: Adapter, settings: AdapterSection, t
     if not adapter.parts & {"lora_A", "lora_B", "hira_A", "miss_block"}:
         return
     for name, module in model.named_modules():
-        if name.rpartition(".")[2] in targets and isinstance(module, nn.Linear) and rank > min(module.weight.shape):
+        if name.rpartition(".")[2] in targets and isinstance(module, nn.Linear) and rank > _smallest(module):
             raise RecipeError(
                 f"adapter.rank: {adapter.name} needs rank {rank}, but {name} is {module.out_features} x "
-                f"{module.in_features}; the largest rank is {min(module.weight.shape)}"
+                f"{module.in_features}; the largest rank is {_smallest(module)}"
             )
+
+
+def _smallest(layer: nn.Linear) -> int:
+    # Not by the weight's shape: in four bits it is packed.
+    return min(layer.out_features, layer.in_features)
 
 
 def _matrices(layer: Any) -> tuple[Tensor, Tensor, Tensor]:

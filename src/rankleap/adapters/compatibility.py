@@ -44,7 +44,25 @@ def _start(recipe: Recipe) -> str:
     return str(recipe.adapter.options.get("init_lora_weights")).partition("_niter_")[0]
 
 
-_FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+def _launched(**settings: str) -> bool:
+    """Whether ``accelerate launch`` set all of these; its variables are all that can be seen before training."""
+    return all(os.environ.get(name, "").lower() == value.lower() for name, value in settings.items())
+
+
+def _sharded() -> bool:
+    """Whether no process holds whole weights: FSDP of either version, or ZeRO-3."""
+    zero3 = _launched(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="3")
+    return zero3 or _launched(ACCELERATE_USE_FSDP="true")
+
+
+# VeRA and TinyLoRA fail at the wrapping (accelerate 1.15, torch 2.13), the others would be something else in silence.
+_WHOLE = ("pissa", "milora", "mica", "adalora", "lorafa", "vera", "tinylora")
+
+
+def _merged(recipe: Recipe, adapter: Adapter) -> bool:
+    return recipe.rollout.engine != "transformers" and adapter.peft_class is not None
+
+
 # One line each for when, why and instead, so that the table can be read as one.
 # fmt: off
 RULES: tuple[Rule, ...] = (
@@ -71,7 +89,38 @@ RULES: tuple[Rule, ...] = (
     Rule("refuse", "an adapter on FSDP2 with FULL_STATE_DICT",
          "only the first process's shards of it are saved and resumed",
          "set fsdp_state_dict_type to SHARDED_STATE_DICT",
-         lambda _, row: row.peft_class is not None and _FSDP2.items() <= os.environ.items()),
+         lambda _, row: row.peft_class is not None and _launched(
+             ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_STATE_DICT_TYPE="FULL_STATE_DICT")),
+    Rule("refuse", "PiSSA, MiLoRA, MiCA, AdaLoRA, LoRA-FA, VeRA or TinyLoRA on FSDP or ZeRO-3",
+         "their start, ranks, optimizer or shared projections need whole matrices, and each process holds a shard",
+         "launch with recipes/accelerate/ddp.yaml or zero2.yaml, or use lora",
+         lambda _, row: row.name in _WHOLE and _sharded()),
+    Rule("refuse", "PPO on FSDP or ZeRO",
+         "its value head lies outside the model that they train and save",
+         "launch with recipes/accelerate/ddp.yaml, or use an algorithm without a value head",
+         lambda recipe, _: recipe.algorithm.name == "ppo"
+         and (_launched(ACCELERATE_USE_FSDP="true") or _launched(ACCELERATE_USE_DEEPSPEED="true"))),
+    Rule("refuse", "a 4-bit base (QLoRA) with vLLM",
+         "vLLM gets merged weights, and merging rounds them to 4 bits again: it would sample from another policy",
+         "set rollout.engine to transformers, or model.load_in_4bit to false",
+         lambda recipe, row: recipe.model.load_in_4bit and recipe.rollout.engine != "transformers"),
+    Rule("refuse", "a 4-bit base with full, LN tuning, PiSSA, MiLoRA or MiCA",
+         "4-bit weights neither train nor can an adapter's start be computed from them, or taken out of them",
+         "use lora, or set model.load_in_4bit to false",
+         lambda recipe, row: recipe.model.load_in_4bit and row.name in ("full", "ln", "pissa", "milora", "mica")),
+    Rule("refuse", "an adapter with vLLM on FSDP or ZeRO-3",
+         "the base can be neither merged nor put back whole where each process holds a shard",
+         "launch with recipes/accelerate/ddp.yaml or zero2.yaml, or set rollout.engine to transformers",
+         lambda recipe, row: _merged(recipe, row) and _sharded()),
+    Rule("refuse", "AdaLoRA with vLLM",
+         "its counts of ranks would be sent along with the weights, under names that vLLM does not know",
+         "use another method, or set rollout.engine to transformers",
+         lambda recipe, row: row.name == "adalora" and _merged(recipe, row)),
+    Rule("refuse", "vLLM with an algorithm that samples nothing",
+         "sft and offline_distillation train on given text",
+         "leave [rollout] out",
+         lambda recipe, _: recipe.rollout.engine != "transformers"
+         and recipe.algorithm.name in ("sft", "offline_distillation")),
     Rule("warn", "PiSSA or MiLoRA on a bfloat16 base",
          "what is left of the base is rounded once more, so that training does not quite start from it",
          "set model.dtype to float32",
@@ -80,6 +129,15 @@ RULES: tuple[Rule, ...] = (
          "methods need rates up to a thousand times apart",
          "begin at the preset that `rankleap doctor --adapters` shows",
          _other_rate),
+    Rule("warn", "an adapter on ZeRO-3",
+         "TRL keeps adapters in bfloat16 there, and in float32 everywhere else: another arm under the same name",
+         "launch with recipes/accelerate/zero2.yaml or ddp.yaml",
+         lambda recipe, row: row.peft_class is not None and recipe.model.dtype == "bfloat16"
+         and _launched(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="3")),
+    Rule("repair", "an adapter with vLLM",
+         "it is merged for every sync and taken out again, which rounds the frozen base a little each time",
+         "a pristine copy is put back after each sync, and what it undid is logged as base_drift",
+         _merged),
     Rule("repair", "AdaLoRA in any trainer",
          "no trainer moves its ranks, and its orthogonality term is only added to losses that the model computes",
          "ranks are allocated after every step, and the term is added to every loss",

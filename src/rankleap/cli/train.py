@@ -1,5 +1,6 @@
 """``rankleap train``: a recipe becomes a run directory."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,13 +53,17 @@ def train(
 
     from rankleap.cli.progress import StepProgress
 
+    # Of several processes one has the screen.
+    first = os.environ.get("RANK", "0") == "0"
     training.train(
         resolved,
         directory,
         source=recipe.read_text(),
-        callbacks=[] if as_json else [StepProgress()],
+        callbacks=[StepProgress()] if first and not as_json else [],
         rewards=own,
     )
+    if not first:
+        return
     summary = _summary(directory)
     if as_json:
         show_json(summary)

@@ -1,9 +1,11 @@
 """Builds what a recipe asks for: base model, adapter, rewards, and a TRL trainer whose settings are all said explicitly."""
 
 import math
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -43,7 +46,7 @@ from rankleap.checkpoints import (
     resolve_base,
 )
 from rankleap.checkpoints.write import write_adapter
-from rankleap.config import Recipe
+from rankleap.config import Recipe, RolloutSection
 from rankleap.errors import InputError, RankleapError, RecipeError, UnknownNameError
 from rankleap.evaluation import Sampling
 from rankleap.evaluation.evaluate import evaluate, load_model
@@ -55,6 +58,7 @@ from rankleap.tasks import get_task
 from rankleap.tasks.grading import GraderPool
 from rankleap.tasks.task import MARKER
 from rankleap.training.rewards import BUILT_IN, Rewards, reward_functions
+from rankleap.training.sync import DRIFT, PristineBase, restored_after
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +108,7 @@ def build(recipe: Recipe, out: Path, rewards: Rewards | None = None) -> Built:
     set_seed(recipe.seed)  # the adapter's random initialisation comes before the trainer seeds itself
     base = resolve_base(recipe.model.base)
     # Said, since Transformers otherwise takes the file's dtype, and bf16 swallows RL's small updates.
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, recipe.model.dtype))
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, **load_settings(recipe))
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base)
     total = sum(p.numel() for p in model.parameters())
     adapter = get_adapter(recipe.adapter.method)
@@ -112,9 +116,11 @@ def build(recipe: Recipe, out: Path, rewards: Rewards | None = None) -> Built:
     require_rank(model, adapter, recipe.adapter, targets)
     task = get_task(recipe.task.name)
     problems = task.problems("train", recipe.task.train_problems)
-    rows, lessons = _lessons(recipe, out, problems)
+    settings: Any = trl_config(recipe, out, processes())
+    # A teacher's samples are drawn once; the other processes read them.
+    with settings.main_process_first():
+        rows, lessons = _lessons(recipe, out, problems)
     pool = GraderPool(task)
-    settings: Any = trl_config(recipe, out)
     if get_algorithm(recipe.algorithm.name).learns_from == "rewards":
         lessons["reward_funcs"], weights = reward_functions(recipe, rewards or {}, pool, problems)
         settings.reward_weights = weights
@@ -130,6 +136,9 @@ def build(recipe: Recipe, out: Path, rewards: Rewards | None = None) -> Built:
     # The trainer injects the adapter and may wrap the model: only what it holds now will train.
     live = trainer.accelerator.unwrap_model(trainer.model)
     prepare(live, adapter, recipe.algorithm.beta)
+    if recipe.rollout.engine != "transformers" and isinstance(live, PeftModel):
+        drift, generation = trainer._metrics["train"][DRIFT], trainer.vllm_generation
+        generation.sync_weights = restored_after(generation.sync_weights, PristineBase(live), drift.append)
     return Built(trainer, pool, targets, require_injected(live, adapter, targets), total)
 
 
@@ -209,15 +218,42 @@ def _demonstrations(recipe: Recipe, out: Path, problems: Sequence[Problem]) -> l
     return [{"prompt": prompts[one.problem_id], "completion": one.completion} for one in right]
 
 
-def trl_config(recipe: Recipe, out: Path) -> TrainingArguments:
-    """TRL's settings for a recipe."""
+def processes() -> int:
+    """Processes of this launch, as ``accelerate launch`` and ``torchrun`` tell each of them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def load_settings(recipe: Recipe) -> dict[str, Any]:
+    """Keywords with which Transformers loads the recipe's base."""
+    dtype = getattr(torch, recipe.model.dtype)
+    settings: dict[str, Any] = {"dtype": dtype}
+    if recipe.model.attention:
+        settings["attn_implementation"] = recipe.model.attention
+    if recipe.model.load_in_4bit:
+        # NF4 with doubly quantised constants is what QLoRA is (2305.14314, §3).
+        four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        settings["quantization_config"] = BitsAndBytesConfig(**four, bnb_4bit_compute_dtype=dtype)
+    return settings
+
+
+def _rollout_settings(rollout: RolloutSection) -> dict[str, Any]:
+    if rollout.engine == "transformers":
+        return {}
+    if rollout.engine == "vllm-server":
+        return {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": rollout.server_url}
+    shares = {"vllm_gpu_memory_utilization": rollout.memory_share, "vllm_tensor_parallel_size": rollout.tensor_parallel}
+    return {"use_vllm": True, "vllm_mode": "colocate", **shares}
+
+
+def trl_config(recipe: Recipe, out: Path, count: int = 1) -> TrainingArguments:
+    """TRL's settings for a recipe, in each of ``count`` processes that share out a step's completions."""
     train, algorithm = recipe.train, get_algorithm(recipe.algorithm.name)
     batch = train.prompts_per_step * train.completions_per_prompt
     micro = train.micro_batch or batch
     settings: dict[str, Any] = {
         "output_dir": str(out / "checkpoints"),
         "max_steps": train.steps,
-        "per_device_train_batch_size": micro,
+        "per_device_train_batch_size": micro // count,
         "gradient_accumulation_steps": batch // micro,
         "learning_rate": train.learning_rate,
         "lr_scheduler_type": train.schedule,
@@ -245,6 +281,7 @@ def trl_config(recipe: Recipe, out: Path) -> TrainingArguments:
         # Truncated sampling would draw from another distribution than the one whose log-probabilities train.
         settings |= {"temperature": train.temperature, "top_p": 1.0, "top_k": 0}
         settings["max_completion_length"] = train.max_completion_tokens
+        settings |= _rollout_settings(recipe.rollout)
     if algorithm.learns_from == "rewards":
         settings |= {"num_generations": train.completions_per_prompt, "num_iterations": recipe.algorithm.iterations}
         settings["beta"] = recipe.algorithm.beta
@@ -297,6 +334,26 @@ def _algorithm_misfits(recipe: Recipe, own: Rewards) -> list[str]:
     return useless + [line for line, met in wrong.items() if met]
 
 
+def _process_misfits(recipe: Recipe, count: int) -> list[str]:
+    train, tensor_parallel = recipe.train, recipe.rollout.tensor_parallel
+    micro = train.micro_batch or train.prompts_per_step * train.completions_per_prompt
+    wrong = {
+        # Whole groups in each process: their rewards are compared there when groups are drawn anew.
+        f"train.prompts_per_step: {train.prompts_per_step} prompts cannot be shared out among {count} processes": (
+            train.prompts_per_step % count > 0
+        ),
+        f"train.micro_batch: {micro} completions cannot be shared out among {count} processes": micro % count > 0,
+        f"rollout.tensor_parallel: {tensor_parallel} must divide the {count} processes": (
+            recipe.rollout.engine == "vllm-colocate" and count % tensor_parallel > 0
+        ),
+        # Each process would try, judge and write the same leap.
+        f"leap: not in {count} processes; train without [leap], then use `rankleap leap` on the run": (
+            recipe.leap is not None and count > 1
+        ),
+    }
+    return [line for line, met in wrong.items() if met]
+
+
 def _misfits(recipe: Recipe) -> list[str]:
     train, leap = recipe.train, recipe.leap
     batch = train.prompts_per_step * train.completions_per_prompt
@@ -306,6 +363,16 @@ def _misfits(recipe: Recipe) -> list[str]:
             f"train.micro_batch: {train.micro_batch} must divide the {batch} completions of a step "
             f"and hold whole groups of {train.completions_per_prompt}"
         )
+    found += _process_misfits(recipe, processes())
+    needed = {
+        "vllm": ("rollout.engine", recipe.rollout.engine != "transformers"),
+        "bitsandbytes": ("model.load_in_4bit", recipe.model.load_in_4bit),
+        "flash_attn": ("model.attention", recipe.model.attention == "flash_attention_2"),
+        "flash_attn_3": ("model.attention", recipe.model.attention == "flash_attention_3"),
+    }
+    for package, (key, asked) in needed.items():
+        if asked and find_spec(package) is None:
+            found.append(f"{key}: needs {package}, which is not installed; install it, or leave {key} out")
     if leap and leap.every % train.save_every:
         found.append(
             f"leap.every: {leap.every} is no multiple of train.save_every = {train.save_every}; leaps start from saves"

@@ -18,6 +18,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankleap.files import append_jsonl, read_jsonl, write_jsonl
+from rankleap.training.sync import DRIFT
 
 METRICS = {
     "reward": "reward",
@@ -38,6 +39,8 @@ METRICS = {
     "kl": "kl",
     "entropy": "entropy",
     "learning_rate": "learning_rate",
+    # How far the last sync to vLLM had moved the frozen base before it was put back.
+    DRIFT: DRIFT,
     "num_tokens": "tokens",
     "completions/mean_length": "completion_tokens",
     "completions/clipped_ratio": "truncated",

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankleap.checkpoints import AdapterCheckpoint, Delta, FullCheckpoint, resolve_base
@@ -42,12 +43,12 @@ class TrajectoryRecorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Open the recording; after a resume, forget the steps that will be taken again."""
-        # Under data parallelism all processes hold the same weights, so one of them writes.
-        if not state.is_world_process_zero:
-            return
         model = _live(kwargs)
         self._base = FullCheckpoint(resolve_base(self.base))
         names = list(_adapted(model, self._base)) if isinstance(model, PeftModel) else _names(model, self._base)
+        # One process writes; the others only hand over their shards.
+        if not state.is_world_process_zero:
+            return
         self._recording = open_recording(Path(self.directory), self.base, self._base, self.rank, names)
         self._recording.keep_until(state.global_step)
 
@@ -64,14 +65,37 @@ class TrajectoryRecorder(TrainerCallback):
             self._record(state.global_step, kwargs)
 
     def _record(self, step: int, kwargs: dict[str, object]) -> None:
-        if self._recording and self._base:
-            model = _live(kwargs)
+        if self._base is None:
+            return
+        model = _live(kwargs)
+        if self._recording is None:
+            # A shard is gathered by all processes or by none, in the same order.
+            _hand_over(model)
+        else:
             deltas = (
                 _adapter_deltas(model, self._base, Path(self.directory).parent)
                 if isinstance(model, PeftModel)
                 else _full_deltas(model, self._base)
             )
             self._recording.add(step, deltas)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _adapter_state(model: PeftModel) -> dict[str, Tensor]:
+    """The model's state with the adapter's own tensors whole; of the base PEFT takes nothing."""
+    prefix = model.base_model.prefix
+    return {name: _whole(tensor) if prefix in name else tensor for name, tensor in model.state_dict().items()}
+
+
+def _hand_over(model: nn.Module) -> None:
+    if isinstance(model, PeftModel):
+        _adapter_state(model)
+        return
+    for parameter in model.parameters():
+        _whole(parameter)
 
 
 def _live(kwargs: dict[str, object]) -> nn.Module:
@@ -90,7 +114,7 @@ def _names(model: nn.Module, base: FullCheckpoint) -> list[str]:
 
 def _full_deltas(model: nn.Module, base: FullCheckpoint) -> Iterator[tuple[str, Delta]]:
     for name, parameter in model.named_parameters():
-        yield name, require_finite(as_float32(parameter) - base.weight(name), name, "the live model")
+        yield name, require_finite(as_float32(_whole(parameter)) - base.weight(name), name, "the live model")
 
 
 def _adapter_deltas(model: PeftModel, base: FullCheckpoint, run: Path) -> Iterator[tuple[str, Delta]]:
@@ -98,7 +122,7 @@ def _adapter_deltas(model: PeftModel, base: FullCheckpoint, run: Path) -> Iterat
     # In the run, where the start of an adapter that was taken out of the base is found.
     run.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=run) as directory:
-        model.save_pretrained(directory)
+        model.save_pretrained(directory, state_dict=_adapter_state(model))
         # Its tensors are read one by one, so the directory has to outlive the last of them.
         adapter = AdapterCheckpoint(Path(directory))
         for name in adapter.shapes_on(base):
@@ -107,5 +131,5 @@ def _adapter_deltas(model: PeftModel, base: FullCheckpoint, run: Path) -> Iterat
 
 def _adapted(model: PeftModel, base: FullCheckpoint) -> dict[str, tuple[int, ...]]:
     with tempfile.TemporaryDirectory() as directory:
-        model.save_pretrained(directory)
+        model.save_pretrained(directory, state_dict=_adapter_state(model))
         return AdapterCheckpoint(Path(directory)).shapes_on(base)

@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 from datasets import disable_progress_bars, enable_progress_bars
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
+from peft import PeftModel
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from rankleap.adapters import adapter_notes, get_adapter
+from rankleap.adapters.adapter import LIVE
 from rankleap.checkpoints import resolve_base
 from rankleap.config import Recipe
 from rankleap.errors import DiskSpaceError, InputError
@@ -99,7 +101,8 @@ def _run(
     built = build(recipe, out, rewards)
     try:
         require_space(out, _plan(recipe, built, None).disk_bytes)
-        _describe(recipe, out, source, built, rewards)
+        if built.trainer.is_world_process_zero():
+            _describe(recipe, out, source, built, rewards)
         for callback in _callbacks(recipe, out, built, callbacks):
             built.trainer.add_callback(callback)
         # Without tqdm Transformers prints its logs instead; they are in metrics.jsonl.
@@ -129,14 +132,15 @@ def _finish(trainer: Trainer, last: Path) -> None:
 def _record_round_trip(recipe: Recipe, out: Path, built: Built) -> None:
     accelerator = built.trainer.accelerator
     # Of several processes each may hold but a shard.
-    alone = accelerator.num_processes == 1
+    whole = not built.trainer.is_fsdp_enabled and not built.trainer.is_deepspeed_enabled
+    if not accelerator.is_main_process:
+        return
     # In float32, so without the autocast that a bfloat16 run wraps around forward.
     live = accelerator.unwrap_model(built.trainer.model, keep_fp32_wrapper=False)
-    found = round_trip(recipe, out, live) if alone else {}
-    if accelerator.is_main_process:
-        write_json(out / "manifest.json", read_json(out / "manifest.json") | {"round_trip": found})
-        large = max(found.values(), default=0.0) > LARGEST_ROUND_TRIP
-        log.log(logging.WARNING if large else logging.INFO, "round trip: %s", found)
+    found = round_trip(recipe, out, live) if whole and not recipe.model.load_in_4bit else {}
+    write_json(out / "manifest.json", read_json(out / "manifest.json") | {"round_trip": found})
+    large = max(found.values(), default=0.0) > LARGEST_ROUND_TRIP
+    log.log(logging.WARNING if large else logging.INFO, "round trip: %s", found)
 
 
 @contextmanager
@@ -208,7 +212,20 @@ def _callbacks(recipe: Recipe, out: Path, built: Built, more: Sequence[TrainerCa
     # The recorder comes before the leaper: factors of a step are those that training reached.
     leaper = [Leaper(recipe, out, built.pool)] if recipe.leap else []
     metrics = MetricsLog(out / "metrics.jsonl")
-    return [metrics, *recorder, Lap(metrics, "record_s"), *leaper, Lap(metrics, "leap_s"), *more]
+    found = [metrics, *recorder, Lap(metrics, "record_s"), *leaper, Lap(metrics, "leap_s")]
+    if not built.trainer.is_world_process_zero():
+        # One process writes; the recorder stays, for a shard is gathered by all.
+        found = recorder
+    return [*found, *([_DescribeShards()] if built.trainer.is_fsdp_enabled else []), *more]
+
+
+class _DescribeShards(TrainerCallback):
+    """Puts an adapter's config beside its shards, without which nobody could tell what they mean."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero and isinstance(kwargs["model"], PeftModel):
+            saved = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            kwargs["model"].peft_config[LIVE].save_pretrained(str(saved))
 
 
 def _describe(recipe: Recipe, out: Path, source: str | None, built: Built, rewards: Rewards) -> None:
@@ -260,7 +277,7 @@ def _resumable(out: Path) -> Path | None:
             complete.append(path)
         except (OSError, json.JSONDecodeError):
             log.warning("%s is half-written and is removed; its step is taken again", path)
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # another process may be at it as well
     return complete[-1] if complete else None
 
 
