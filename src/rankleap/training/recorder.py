@@ -86,7 +86,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def _adapter_state(model: PeftModel) -> dict[str, Tensor]:
     """The model's state with the adapter's own tensors whole; of the base PEFT takes nothing."""
-    prefix = model.base_model.prefix
+    prefix = str(model.base_model.prefix)
     return {name: _whole(tensor) if prefix in name else tensor for name, tensor in model.state_dict().items()}
 
 
