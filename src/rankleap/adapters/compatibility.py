@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from rankleap.adapters.adapter import ADAPTERS, Adapter
 from rankleap.config import Recipe
 from rankleap.errors import RecipeError
@@ -134,6 +136,10 @@ RULES: tuple[Rule, ...] = (
          "launch with recipes/accelerate/zero2.yaml or ddp.yaml",
          lambda recipe, row: row.peft_class is not None and recipe.model.dtype == "bfloat16"
          and _launched(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="3")),
+    Rule("warn", "FSDP without a GPU",
+         "accelerate shards on devices only, and trains by DDP on a CPU without a word",
+         "launch with recipes/accelerate/ddp.yaml",
+         lambda *_: _launched(ACCELERATE_USE_FSDP="true") and not torch.cuda.is_available()),
     Rule("repair", "an adapter with vLLM",
          "it is merged for every sync and taken out again, which rounds the frozen base a little each time",
          "a pristine copy is put back after each sync, and what it undid is logged as base_drift",

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 MOST_APART = 0.05
 """Mean |Δ log-probability| of a token that is worth a warning: a quarter of the usual clip range."""
+MOST_APART_IN_FLOAT32 = 1e-3
+"""The same where nothing is rounded: a thousand times what two ways of computing one model differ by."""
 PUNISHMENT = "soft_overlong_punishment_reward"
 """TRL's name of the length term; lengths that differ are no signal about the answer."""
 
@@ -152,17 +154,20 @@ class SamplingTrainer(same_epochs(GRPOTrainer)):
             for kind in ("ids", "mask")
         )
         completion_NT = output["completion_mask"]
-        trainer_NT = self._get_per_token_logps_and_entropies(
-            self.model, ids, mask, completion_NT.shape[1], self.args.per_device_train_batch_size
-        )[0]
+        # Dropout draws here too, and the run's own draws must not depend on whether it is watched.
+        with torch.random.fork_rng():
+            trainer_NT = self._get_per_token_logps_and_entropies(
+                self.model, ids, mask, completion_NT.shape[1], self.args.per_device_train_batch_size
+            )[0]
         apart_NT = (trainer_NT - output["sampling_per_token_logps"]).abs()
-        apart = apart_NT[completion_NT.bool() & ~apart_NT.isnan()]
-        if not len(apart):
-            return
-        mean, most = apart.mean().item(), apart.max().item()
+        known_NT = completion_NT.bool() & ~apart_NT.isnan()
+        apart_NT = apart_NT.where(known_NT, 0.0)
+        of_all_P3 = self.accelerator.gather(torch.stack([apart_NT.sum(), known_NT.sum(), apart_NT.max()])[None])
+        mean, most = (of_all_P3[:, 0].sum() / of_all_P3[:, 1].sum().clamp(min=1)).item(), of_all_P3[:, 2].max().item()
         self._metrics["train"]["logp_gap"].append(mean)
         self._metrics["train"]["logp_gap_max"].append(most)
-        if not mean <= MOST_APART and not self._warned:
+        bound = MOST_APART if self.args.bf16 or self.use_vllm else MOST_APART_IN_FLOAT32
+        if not mean <= bound and not self._warned:
             self._warned = True
             log.warning(
                 "step %d: sampler and trainer part by %.3f nats a token (at most %.3f); turn off dropout, use one precision for "
