@@ -236,6 +236,11 @@ def test_a_recipe_that_cannot_run_lists_every_reason_and_writes_nothing(tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def test_leaps_that_need_accuracies_are_refused_where_nobody_measures_any(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="'alpharl' regresses on accuracies.*alpharl-step"):
+        train(recipe(leap__methods=["alpharl"]), tmp_path / "run")
+
+
 def test_target_modules_that_match_nothing_are_refused_with_those_that_exist(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"qq_proj match no linear layer.*q_proj"):
         train(recipe(adapter={"method": "lora", "target_modules": ["qq_proj"]}), tmp_path / "run")

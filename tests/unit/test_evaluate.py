@@ -262,7 +262,8 @@ def run(loaded, tmp_path: Path) -> Path:
         model.save_pretrained(tmp_path / "run" / place)
         tokenizer.save_pretrained(tmp_path / "run" / place)
     (tmp_path / "run/leaps/relex/step-000040-c1.00/manifest.json").write_text("{}")
-    config = {"model": {"base": "bundled:sums"}, "task": {"name": "sums"}, "train": {"max_completion_tokens": 20}}
+    train = {"steps": 20, "learning_rate": 1e-4, "max_completion_tokens": 20}
+    config = {"name": "r", "model": {"base": "bundled:sums"}, "task": {"name": "sums"}, "train": train}
     (tmp_path / "run/config.json").write_text(json.dumps(config))
     return tmp_path / "run"
 

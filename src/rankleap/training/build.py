@@ -53,6 +53,7 @@ from rankleap.evaluation.evaluate import evaluate, load_model
 from rankleap.evaluation.result import read_samples
 from rankleap.files import write_aside, write_jsonl
 from rankleap.predictors import PREDICTORS
+from rankleap.predictors.alpharl import AlphaRL
 from rankleap.records import Problem
 from rankleap.tasks import get_task
 from rankleap.tasks.grading import GraderPool
@@ -383,5 +384,10 @@ def _misfits(recipe: Recipe) -> list[str]:
         )
     for method in leap.methods if leap else ():
         if method not in PREDICTORS:
-            found.append(f"leap.methods: predictor {method!r} does not exist; known: {', '.join(PREDICTORS)}")
+            found.append(f"leap.methods: {UnknownNameError('predictor', method, PREDICTORS)}")
+        elif isinstance(row := PREDICTORS[method], AlphaRL) and not row.on_step:
+            found.append(
+                f"leap.methods: {method!r} regresses on accuracies, which no one measures during training; use 'alpharl-step', "
+                "or rankleap leap on the finished run"
+            )
     return found
