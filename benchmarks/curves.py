@@ -126,9 +126,9 @@ def main() -> None:
             arms.append(arm(task, adapter, asked.out / task))
             one, last = arms[-1], arms[-1]["curve"][-1]
             shown = " ".join(f"{float(rate):.2g}:{value:.2f}" for rate, value in one["sweep"].items())
+            ends = f"{one['curve'][0]['accuracy']:.3f} -> {last['accuracy']:.3f} [{last['ci_low']:.3f}, {last['ci_high']:.3f}]"
             print(
-                f"{task:>9} {adapter:<9} rate {one['rate']:<8.2g} trainable {one['trainable']:>7} "
-                f"{one['curve'][0]['accuracy']:.3f} -> {last['accuracy']:.3f} [{last['ci_low']:.3f}, {last['ci_high']:.3f}]  {shown}",
+                f"{task:>9} {adapter:<9} rate {one['rate']:<8.2g} trainable {one['trainable']:>7} {ends}  {shown}",
                 flush=True,
             )
     write_json(asked.out / "curves.json", {"arms": arms, "machine": machine(), "versions": versions()})

@@ -237,7 +237,7 @@ def test_a_recipe_that_cannot_run_lists_every_reason_and_writes_nothing(tmp_path
 
 
 def test_leaps_that_need_accuracies_are_refused_where_nobody_measures_any(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="'alpharl' regresses on accuracies.*alpharl-step"):
+    with pytest.raises(RecipeError, match=r"'alpharl' regresses on accuracies.*alpharl-step"):
         train(recipe(leap__methods=["alpharl"]), tmp_path / "run")
 
 
