@@ -38,7 +38,7 @@ def demo(
         import altair  # noqa: F401 - before the training, not after it
         import vl_convert  # noqa: F401
 
-        from rankleap.arena.demo import demo_arms, run_demo
+        from rankleap.arena import demo_arms, run_demo
         from rankleap.report import headline, write_report
 
     columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
