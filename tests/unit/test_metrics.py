@@ -167,7 +167,7 @@ def test_the_bootstrap_agrees_with_the_closed_forms() -> None:
         # The percentile interval over resampled problems.
         means = values[generator.integers(len(values), size=(4000, len(values)))].mean(axis=1)
         assert exact.value == values.mean()
-        assert [exact.low, exact.high] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.02)
+        assert [exact.low, exact.high] == pytest.approx(np.quantile(means, [0.025, 0.975]).tolist(), abs=0.02)
 
 
 def test_a_ratio_weighs_problems_by_their_counts() -> None:
