@@ -4,7 +4,7 @@
 
 For each task and learning rate (tuned, a third, a tenth) and seed: plain GRPO, the same with its last four checkpoints
 averaged, plain with a rate that decays to zero, and plain with leaps chosen and gated on validation problems. Scored on
-400 test problems × 4. The savings are those of ``rankleap.arena.compare``: both curves read by the same rule, what the
+400 test problems × 4. The savings are those of ``rankleap.arena``: both curves read by the same rule, what the
 leaps cost counted in the wall-clock.
 Intervals over seeds are Student's t at 95 %. Prints a table, writes ``summary.json``; interrupted, it goes on where it was.
 """
@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student_t
 
-from rankleap.arena import Arm, run_arm, summarise
-from rankleap.arena.demo import RATES, STEPS, make_arm
+from rankleap.arena import RATES, STEPS, Arm, make_arm, run_arm, summarise
 from rankleap.cluster import map_over
 from rankleap.files import machine, versions, write_json
 

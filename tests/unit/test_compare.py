@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankleap.arena.compare import reach, saved_fraction, smooth, summarise
+from rankleap.arena import reach, saved_fraction, smooth, summarise
 
 accuracies = st.lists(st.floats(0, 1), min_size=2, max_size=8)
 

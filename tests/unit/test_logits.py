@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from rankleap.checkpoints import resolve_base
 from rankleap.errors import InputError
 from rankleap.evaluation import Sampling
-from rankleap.evaluation.divergence import forward_kl
-from rankleap.evaluation.sampler import sample
+from rankleap.evaluation.sampler import forward_kl, sample
 from rankleap.leap.logits import ExtrapolatedLogits, extrapolated, load_extrapolated
 
 PROMPTS = ["1 + 2 =", "12 + 34 + 5 =", "7 - 3 ="]

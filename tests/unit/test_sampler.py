@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 import rankleap
 from rankleap.errors import InputError, NotFiniteError
 from rankleap.evaluation import Sampling
-from rankleap.evaluation.divergence import forward_kl
-from rankleap.evaluation.sampler import Completion, sample
+from rankleap.evaluation.sampler import Completion, forward_kl, sample
 
 BASE = Path(rankleap.__file__).parent / "bases" / "sums"
 PROMPTS = ["15 - 43 =", "7 + 8 =", "23 - 60 - 11 =", "71 + 83 ="]

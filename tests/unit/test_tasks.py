@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from rankleap.errors import InputError, UnknownNameError
 from rankleap.records import Verdict
-from rankleap.tasks import TASKS, ReasoningGym, get_task
-from rankleap.tasks.reasoning_gym import split_of
+from rankleap.tasks import TASKS, ReasoningGym, get_task, split_of
 from rankleap.tasks.task import final_answer, judge
 
 

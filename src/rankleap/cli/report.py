@@ -26,10 +26,7 @@ def report(
     show_table("written", [{"": kind, "path": path} for kind, path in rows])
 
 
-def demo(
-    out: Annotated[Path, typer.Option(help="Where to write.")] = Path("runs/demo"),
-    as_json: Json = False,
-) -> None:
+def demo(out: Annotated[Path, typer.Option(help="Where to write.")] = Path("runs/demo"), as_json: Json = False) -> None:
     """Train, leap, gate, evaluate and report on a bundled base; under four minutes on two cores."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -38,7 +35,7 @@ def demo(
         import altair  # noqa: F401 - before the training, not after it
         import vl_convert  # noqa: F401
 
-        from rankleap.arena.demo import demo_arms, run_demo
+        from rankleap.arena import demo_arms, run_demo
         from rankleap.report import headline, write_report
 
     columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

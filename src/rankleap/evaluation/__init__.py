@@ -1,6 +1,6 @@
 """Reads a model and problems, samples and grades answers, gives metrics with intervals and paired comparisons.
 
-What needs torch is imported from its own file: ``evaluate``, ``sampler``, ``divergence``.
+What needs torch is imported from its own file: ``evaluate``, ``sampler``.
 """
 
 from rankleap.evaluation.metrics import avg_at_k, paired_difference, pass_at_k, smallest_resolvable_difference

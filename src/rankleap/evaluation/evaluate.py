@@ -61,14 +61,7 @@ def evaluate(
 
 
 def evaluate_checkpoint(
-    path: Path,
-    load: Load,
-    grader: GraderPool,
-    problems: Sequence[Problem],
-    *,
-    k: int,
-    sampling: Sampling,
-    seed: int,
+    path: Path, load: Load, grader: GraderPool, problems: Sequence[Problem], *, k: int, sampling: Sampling, seed: int
 ) -> Evaluation:
     """Bring the samples at ``path`` up to ``k`` of each problem and return their evaluation.
 

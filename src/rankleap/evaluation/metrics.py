@@ -73,17 +73,6 @@ def ratio_of_sums(sums_P: ArrayLike, counts_P: ArrayLike, confidence: float = 0.
     return Estimate(ratio, ratio - half, ratio + half)
 
 
-def bootstrap(
-    values_P: ArrayLike, generator: np.random.Generator, resamples: int = 10_000, confidence: float = 0.95
-) -> Estimate:
-    """Mean of one value per problem with its percentile interval over resampled problems, to check the others by."""
-    values = np.asarray(values_P, float)
-    # One resample at a time: all at once would be resamples × problems numbers.
-    means = [values[generator.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Estimate(float(values.mean()), float(low), float(high))
-
-
 def _estimate(values_P: Array, outcomes: int | None, confidence: float) -> Estimate:
     """Mean of values with its interval; ``outcomes`` counts the yes-or-no outcomes behind them, None if graded."""
     mean, half = float(values_P.mean()), _half_width(values_P, confidence)

@@ -18,10 +18,9 @@ from transformers.utils.logging import disable_progress_bar
 from rankleap.checkpoints import FullCheckpoint, base_of, dense, load_weights, open_run, resolve_base
 from rankleap.errors import CheckpointError, InputError, NotFiniteError
 from rankleap.evaluation import Evaluation, Sampling, read_samples
-from rankleap.evaluation.divergence import forward_kl
 from rankleap.evaluation.evaluate import evaluate
 from rankleap.evaluation.result import samples_path
-from rankleap.evaluation.sampler import evaluation_mode, sample, tokenize
+from rankleap.evaluation.sampler import evaluation_mode, forward_kl, sample, tokenize
 from rankleap.files import read_json
 from rankleap.leap.apply import Leap, adapter_weights, leap_weights, write_leap, write_leap_adapter
 from rankleap.leap.backtest import BackTest, backtest

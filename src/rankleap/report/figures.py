@@ -1,6 +1,6 @@
 """Figures, each defined once: as panels for the page (interactive, as wide as their place) and as one static picture.
 
-A definition says what is drawn; colours, which differ between light and dark, are in ``THEMES``. Arms differ in colour,
+A definition says what is drawn; colours, which differ between light and dark, are in ``themes.json``. Arms differ in colour,
 dash and shape, so that a figure can be read in grey and by the colour-blind.
 """
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import altair as alt
 
+from rankleap.files import read_json
 from rankleap.report.read import Arm, Run, Study
 from rankleap.report.sentences import AVERAGED, LEAP, NULLS, PLAIN, Statistic
 
@@ -22,48 +23,8 @@ DASHES = [[7, 4], [2, 3], [1, 0], [9, 3, 2, 3], [4, 2], [12, 4]]
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
 
 
-def _theme(paper: str, ink: str, faint: str, arms: list[str]) -> dict[str, Any]:
-    """A configuration of Vega-Lite; ``arms`` are the colours in their order."""
-    text = {"labelColor": ink, "titleColor": ink, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal"}
-    return {
-        "background": paper,
-        "font": "system-ui, sans-serif",
-        "view": {"stroke": None},
-        "title": {"color": ink, "fontSize": 13, "fontWeight": "bold", "anchor": "start"},
-        "axis": {
-            **text,
-            "gridColor": faint,
-            "domainColor": faint,
-            "tickColor": faint,
-            "labelFlush": False,
-            "labelLimit": 140,
-        },
-        "legend": {
-            **text,
-            "orient": "top",
-            "title": None,
-            "symbolSize": 110,
-            "symbolStrokeWidth": 0,
-            "labelLimit": 260,
-        },
-        "range": {"category": arms},
-        "style": {
-            "target": {"color": ink, "strokeDash": [4, 4], "strokeWidth": 1.2},
-            "leap": {"color": ink},
-            "raw": {"color": arms[0], "opacity": 0.3, "strokeWidth": 1},
-            "smooth": {"color": arms[0], "strokeWidth": 2.5},
-            "measured": {"color": arms[0]},
-            "null": {"color": arms[2]},
-        },
-    }
-
-
-THEMES = {
-    "light": _theme(
-        "#ffffff", "#24292f", "#d9dde2", ["#0072b2", "#868e96", "#c8500a", "#8e4585", "#00794f", "#8a6d00"]
-    ),
-    "dark": _theme("#15181c", "#dfe3e8", "#3a4048", ["#56b4e9", "#8b949e", "#f0883e", "#d9a0d4", "#3fbf8f", "#e0c341"]),
-}
+THEMES: dict[str, dict[str, Any]] = read_json(Path(__file__).with_name("themes.json"))
+"""A Vega-Lite configuration each for ``light`` and ``dark``."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from html import escape
 from itertools import count
+from pathlib import Path
 from string import Template
 
 import altair as alt
@@ -96,87 +97,16 @@ def _unused(name: str, taken: set[str]) -> str:
     return free
 
 
-# Vega turns its expressions into functions, which the policy calls eval; pictures replace charts without scripts.
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src file:">
-<title>$title</title>
-<style>$style</style>
-</head>
-<body>
-<main>
-<h1>Report: $title</h1>
-$body
-</main>
-<script type="application/json" id="charts">$charts</script>
-<script type="module">$script</script>
-</body>
-</html>
-""")
-
-_STYLE = """
-:root { --paper: #ffffff; --ink: #24292f; --soft: #57606a; --line: #d9dde2; --link: #0062a3; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #15181c; --ink: #dfe3e8; --soft: #9aa4ae; --line: #3a4048; --link: #6cb8f0; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 72rem; margin: 0 auto; padding: 1rem 1.25rem 4rem; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 1rem 0 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.25rem; margin: 2.75rem 0 .5rem; overflow-wrap: anywhere; }
-p { max-width: 46rem; margin: .6rem 0; overflow-wrap: anywhere; }
-a { color: var(--link); }
-figure { margin: 1.5rem 0; }
-figcaption, .files { color: var(--soft); font-size: .875rem; max-width: 46rem; }
-.files { margin: .25rem 0 0; }
-.files a { margin-right: .75rem; }
-.panels { display: grid; gap: 1.25rem 2rem; }
-.of-2 { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
-.of-3 { grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
-.chart { width: 100%; min-width: 0; }
-.scroll { overflow-x: auto; margin-top: 1.5rem; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; max-width: calc(100vw - 2.5rem); font-weight: 600; padding-bottom: .4rem; }
-th, td { text-align: left; vertical-align: top; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--line); }
-thead th { color: var(--soft); font-weight: 500; vertical-align: bottom; }
-tbody th { font-weight: 500; }
-@media (min-width: 50rem) { tbody th { white-space: nowrap; } }
-td { white-space: nowrap; }
-td:last-child:not(.number) { white-space: normal; min-width: 16rem; }
-.number { text-align: right; }
-details { margin-top: 1.5rem; }
-summary { cursor: pointer; font-weight: 600; font-size: .9rem; }
-"""
-
-_SCRIPT = """
-const charts = JSON.parse(document.getElementById("charts").textContent);
-const dark = matchMedia("(prefers-color-scheme: dark)");
-let drawn = [];
-async function draw() {
-  drawn.splice(0).forEach(chart => chart.finalize());
-  const theme = dark.matches ? "dark" : "light";
-  const options = {actions: false, renderer: "svg", config: charts.themes[theme], tooltip: {theme: theme}};
-  for (const [id, spec] of Object.entries(charts.specs)) {
-    drawn.push(await vegaEmbed(document.getElementById(id), spec, options));
-  }
-}
-dark.addEventListener("change", draw);
-draw();
-"""
+# Vega turns its expressions into functions, which the page's policy calls eval; pictures replace charts without scripts.
+_PAGE = Path(__file__).with_name("page.html")
 
 
 def render(title: str, sections: Sequence[Section]) -> str:
     """Return the page; figures and tables are linked as files beside it."""
     figures = [figure for section in sections for figure in section.figures]
     specs = {f"{figure.name}-{number}": spec for figure in figures for number, spec in enumerate(figure.specs())}
-    return _PAGE.substitute(
+    return Template(_PAGE.read_text()).substitute(
         title=escape(title),
-        style=_STYLE,
         body="\n".join(_section(section) for section in sections),
         # A "</script>" inside a value would end the block; \u003c is the same character to JSON.
         charts=json.dumps({"themes": THEMES, "specs": specs}, allow_nan=False).replace("<", "\\u003c"),
@@ -188,7 +118,7 @@ def render(title: str, sections: Sequence[Section]) -> str:
 def _script() -> str:
     """Bundle the page's own lines with Vega, Vega-Lite (as the definitions ask, such as v6.4.1) and Vega-Embed."""
     major, minor, *_ = alt.SCHEMA_VERSION.removeprefix("v").split(".")
-    bundle = vl_convert.javascript_bundle(_SCRIPT, vl_version=f"{major}.{minor}")
+    bundle = vl_convert.javascript_bundle(_PAGE.with_suffix(".js").read_text(), vl_version=f"{major}.{minor}")
     # Inside a JavaScript string <\/ means </, but only the first of them leaves the element open.
     return bundle.replace("</script", "<\\/script")
 

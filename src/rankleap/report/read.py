@@ -90,7 +90,6 @@ class MetricRow:
     step: int
     wall_s: FiniteFloat | None = None
     reward: FiniteFloat | None = None
-    completion_tokens: FiniteFloat | None = None
 
 
 @dataclass(frozen=True, slots=True)

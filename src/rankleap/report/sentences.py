@@ -32,6 +32,9 @@ NULLS = {
     "permutation": "shuffled steps",
 }
 
+Nulls = Mapping[str, Mapping[str, Range | tuple[()] | None]]
+"""By null and then by statistic, the range of one tensor."""
+
 ROUNDING = 1e-5
 """Differences below this are those of float32 arithmetic."""
 
@@ -69,26 +72,27 @@ class Statistic:
 
 def statistics(evidence: Sequence[TensorEvidence]) -> tuple[Statistic, ...]:
     """Every statistic that at least one tensor has, spatial shares first."""
-    spatial = [_share(key, label, evidence) for key, label in SHARES.items()]
-    temporal = [_path(key, label, evidence) for key, label in PATHS.items()]
-    return tuple(statistic for statistic in (*spatial, *temporal) if statistic.tensors)
+    spatial = [(one.name, one.share, {"gaussian": one.share_null}) for one in evidence]
+    temporal = [(one.name, one.path, one.nulls) for one in evidence]
+    found = [
+        *(_statistic(key, label, False, spatial) for key, label in SHARES.items()),
+        *(_statistic(key, label, True, temporal) for key, label in PATHS.items()),
+    ]
+    return tuple(statistic for statistic in found if statistic.tensors)
 
 
-def _share(key: str, label: str, evidence: Sequence[TensorEvidence]) -> Statistic:
-    rows = [(one.name, value, one.share_null.get(key)) for one in evidence if (value := one.share.get(key)) is not None]
-    ranges = {"gaussian": tuple(_informative(value, null) for _, value, null in rows)}
-    return Statistic(label, False, tuple(row[0] for row in rows), tuple(row[1] for row in rows), ranges)
-
-
-def _path(key: str, label: str, evidence: Sequence[TensorEvidence]) -> Statistic:
-    rows = [(one, value) for one in evidence if (value := one.path.get(key)) is not None]
+def _statistic(
+    key: str, label: str, over_time: bool, tensors: Sequence[tuple[str, Mapping[str, float | None], Nulls]]
+) -> Statistic:
+    rows = [(name, value, nulls) for name, values, nulls in tensors if (value := values.get(key)) is not None]
     # A dict keeps the nulls in the order of the file, which a set would not.
-    names = dict.fromkeys(null for one, _ in rows for null in one.nulls)
+    names = dict.fromkeys(null for *_, nulls in rows for null in nulls)
     ranges = {
-        name: tuple(_informative(value, one.nulls.get(name, {}).get(key)) for one, value in rows) for name in names
+        name: tuple(_informative(value, nulls.get(name, {}).get(key)) for _, value, nulls in rows) for name in names
     }
-    able = {name: found for name, found in ranges.items() if any(found)}
-    return Statistic(label, True, tuple(one.name for one, _ in rows), tuple(value for _, value in rows), able)
+    # A null that says nothing of any tensor over time does not apply; one delta keeps its null's empty row.
+    able = {name: found for name, found in ranges.items() if any(found) or not over_time}
+    return Statistic(label, over_time, tuple(row[0] for row in rows), tuple(row[1] for row in rows), able)
 
 
 def _informative(value: float, null: Range | tuple[()] | None) -> Range | None:

@@ -1,6 +1,7 @@
 """Tables: each is written twice, as raw numbers (CSV) and as text for a person (HTML).
 
-A row holds plain values under the CSV's names; a column says how a row is shown.
+A row holds plain values under the CSV's names. Columns are headings with what stands under each: the value of a name,
+or text made from the whole row.
 """
 
 import csv
@@ -18,13 +19,7 @@ Value = str | int | float | None
 Row = Mapping[str, Value]
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A heading and what stands under it; numbers are set to the right."""
-
-    heading: str
-    show: Callable[[Row], str]
-    number: bool = True
+Shown = str | Callable[[Row], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +28,7 @@ class Table:
 
     name: str
     caption: str
-    columns: tuple[Column, ...]
+    columns: Mapping[str, Shown]
     rows: tuple[Row, ...]
     folded: bool = False
 
@@ -48,8 +43,17 @@ class Table:
 
     def html(self) -> str:
         """A table with caption, column and row headers."""
-        head = "".join(f'<th scope="col"{_class(one)}>{escape(one.heading)}</th>' for one in self.columns)
-        body = "\n".join(f"<tr>{''.join(self._cells(row))}</tr>" for row in self.rows)
+        numbers = [' class="number"' if self._holds_numbers(heading) else "" for heading in self.columns]
+        headings = zip(numbers, map(escape, self.columns), strict=True)
+        head = "".join(f'<th scope="col"{kind}>{heading}</th>' for kind, heading in headings)
+        lines = []
+        for row in self.rows:
+            first, *others = (
+                escape(_show(row[one]) if isinstance(one, str) else one(row)) for one in self.columns.values()
+            )
+            cells = "".join(f"<td{kind}>{text}</td>" for kind, text in zip(numbers[1:], others, strict=True))
+            lines.append(f'<tr><th scope="row">{first}</th>{cells}</tr>')
+        body = "\n".join(lines)
         name = escape(self.caption)
         table = f"<table><caption>{name}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         # Focusable, so that a wide table can be scrolled from the keyboard.
@@ -57,9 +61,12 @@ class Table:
         link = f'<p class="files"><a href="tables/{self.name}.csv">CSV</a></p>'
         return f"<details><summary>{name}</summary>{scroll}{link}</details>" if self.folded else scroll + link
 
-    def _cells(self, row: Row) -> list[str]:
-        first, *others = ((escape(one.show(row)), one) for one in self.columns)
-        return [f'<th scope="row">{first[0]}</th>', *(f"<td{_class(one)}>{text}</td>" for text, one in others)]
+    def _holds_numbers(self, heading: str) -> bool:
+        """Numbers are set to the right, except where they name their row."""
+        key = self.columns[heading]
+        # Text that is made from a row is made of numbers.
+        text = isinstance(key, str) and any(isinstance(row[key], str) for row in self.rows)
+        return not text and heading != next(iter(self.columns))
 
 
 def study_tables(study: Study) -> list[Table]:
@@ -88,32 +95,29 @@ def evidence_table(run: str, statistics: Sequence[Statistic]) -> Table:
         for null in one.ranges
         if (span := one.null_range(null))
     ]
-    columns = (
-        _text("statistic", "statistic"),
-        Column("median", lambda row: f"{row['median']:.3f}"),
-        _text("null", "null"),
-        Column("its 90 % range", lambda row: f"{row['null_low']:.3f} to {row['null_high']:.3f}"),
-        Column("tensors above it", lambda row: f"{row['tensors_above']} of {row['tensors']}"),
-    )
+    columns: dict[str, Shown] = {
+        **_plain("statistic"),
+        "median": lambda row: f"{row['median']:.3f}",
+        **_plain("null"),
+        "its 90 % range": lambda row: f"{row['null_low']:.3f} to {row['null_high']:.3f}",
+        "tensors above it": lambda row: f"{row['tensors_above']} of {row['tensors']}",
+    }
     return Table("evidence", f"{run}: medians over tensors beside the null ranges", columns, tuple(rows))
 
 
 def _arms(study: Study) -> Table:
     rows = tuple({key: value for key, value in asdict(arm).items() if key != "curve"} for arm in study.arms)
-    columns = (
-        _text("arm", "name"),
-        _number("learning rate", "learning_rate"),
-        Column("test accuracy", lambda row: _interval(row, "accuracy", "ci_low", "ci_high")),
-        _number("steps", "steps"),
-        _number("wall-clock, s", "wall_s"),
+    columns: dict[str, Shown] = {
+        "arm": "name",
+        **_plain("learning_rate"),
+        "test accuracy": _interval("accuracy", "ci_low", "ci_high"),
+        **_plain("steps"),
+        "wall-clock, s": "wall_s",
         # Absent means that the level was not reached; a dash would read as not measured.
-        Column("steps to target", lambda row: _show(row["steps_to_target"], "never")),
-        Column("seconds to target", lambda row: _show(row["wall_to_target_s"], "never")),
-        Column(
-            "leaps accepted",
-            lambda row: f"{row['leaps_accepted']} of {row['leaps_tried']}" if row["leaps_tried"] else "–",
-        ),
-    )
+        "steps to target": lambda row: _show(row["steps_to_target"], "never"),
+        "seconds to target": lambda row: _show(row["wall_to_target_s"], "never"),
+        "leaps accepted": lambda row: f"{row['leaps_accepted']} of {row['leaps_tried']}" if row["leaps_tried"] else "–",
+    }
     return Table("arms", "Arms; the target is the plain arm's final level at the same learning rate", columns, rows)
 
 
@@ -123,7 +127,7 @@ def _savings(study: Study) -> Table:
         "wall_saved": study.wall_saved_fraction,
         "steps_saved_vs_averaged": study.steps_saved_fraction_vs_averaged,
     }
-    rows = [
+    rows = tuple(
         {
             "learning_rate": rate,
             "target": study.target_accuracy.get(rate),
@@ -132,15 +136,15 @@ def _savings(study: Study) -> Table:
         for rate in study.rates()
         # A rate whose saving is null stays: not having arrived is a result.
         if any(rate in by for by in saved.values())
-    ]
-    columns = (
-        Column("learning rate", lambda row: _show(row["learning_rate"]), number=False),
-        _number("target accuracy", "target"),
-        Column("steps saved", lambda row: _percent(row["steps_saved"])),
-        Column("wall-clock saved", lambda row: _percent(row["wall_saved"])),
-        Column("steps saved, to the averaged arm's level", lambda row: _percent(row["steps_saved_vs_averaged"])),
     )
-    return Table("savings", "What the leap arm saved on the way to the target", columns, tuple(rows))
+    columns: dict[str, Shown] = {
+        **_plain("learning_rate"),
+        "target accuracy": "target",
+        "steps saved": _percent("steps_saved"),
+        "wall-clock saved": _percent("wall_saved"),
+        "steps saved, to the averaged arm's level": _percent("steps_saved_vs_averaged"),
+    }
+    return Table("savings", "What the leap arm saved on the way to the target", columns, rows)
 
 
 def _curves(study: Study) -> Table:
@@ -149,36 +153,21 @@ def _curves(study: Study) -> Table:
         for arm in study.arms
         for point in arm.curve
     ]
-    columns = (
-        _text("arm", "arm"),
-        _number("learning rate", "learning_rate"),
-        _number("step", "step"),
-        _number("wall-clock, s", "wall_s"),
-        Column("test accuracy", lambda row: _interval(row, "accuracy", "ci_low", "ci_high")),
-        _text("weights", "weights"),
-    )
+    accuracy = _interval("accuracy", "ci_low", "ci_high")
+    names = _plain("arm", "learning_rate", "step")
+    columns: dict[str, Shown] = {**names, "wall-clock, s": "wall_s", "test accuracy": accuracy, **_plain("weights")}
     return Table("curves", "The numbers under the curves", columns, tuple(rows), folded=True)
 
 
 def _runs(runs: Sequence[Run]) -> Table:
-    columns = (
-        _text("run", "run"),
-        _text("task", "task"),
-        _text("algorithm", "algorithm"),
-        _text("adapter", "adapter"),
-        _number("learning rate", "learning_rate"),
-        _number("steps", "steps"),
-        _number("training, s", "wall_s"),
-        _number("first reward", "first_reward"),
-        _number("last reward", "last_reward"),
-        _number("factors recorded", "recorded_steps"),
-    )
-    return Table(
-        "runs",
-        "Runs; rewards are means over the first and the last tenth of the steps",
-        columns,
-        tuple(map(_run, runs)),
-    )
+    columns = {
+        **_plain("run", "task", "algorithm", "adapter", "learning_rate", "steps"),
+        "training, s": "wall_s",
+        **_plain("first_reward", "last_reward"),
+        "factors recorded": "recorded_steps",
+    }
+    caption = "Runs; rewards are means over the first and the last tenth of the steps"
+    return Table("runs", caption, columns, tuple(map(_run, runs)))
 
 
 def _run(run: Run) -> Row:
@@ -204,17 +193,13 @@ def _run(run: Run) -> Row:
 
 def _decisions(runs: Sequence[Run]) -> Table:
     rows = tuple(_decision(run.name, one) for run in runs for one in run.decisions)
-    columns = (
-        _text("run", "run"),
-        _number("step", "step"),
-        _text("method", "method"),
-        _number("coefficient", "coefficient"),
-        _number("candidates", "candidates"),
-        Column("gain on validation", lambda row: _interval(row, "gain", "gain_low", "gain_high", sign="+")),
-        _number("norm ratio", "norm_ratio"),
-        _number("cost, s", "wall_s"),
-        _text("verdict", "verdict"),
-    )
+    columns: dict[str, Shown] = {
+        **_plain("run", "step", "method", "coefficient", "candidates"),
+        "gain on validation": _interval("gain", "gain_low", "gain_high", sign="+"),
+        "norm ratio": "norm_ratio",
+        "cost, s": "wall_s",
+        **_plain("verdict"),
+    }
     return Table("leaps", "Leaps that were tried, chosen and gated on validation problems", columns, rows)
 
 
@@ -254,24 +239,17 @@ def _evaluations(runs: Sequence[Run]) -> Table:
         for task, checkpoints in run.evaluations.items()
         for checkpoint, one in checkpoints.items()
     ]
-    columns = (
-        _text("run", "run"),
-        _text("task", "task"),
-        _text("checkpoint", "checkpoint"),
-        Column("problems × samples", lambda row: f"{row['problems']} × {row['samples']}"),
-        Column("avg@k", lambda row: _interval(row, "avg", "avg_low", "avg_high")),
-        Column("pass@k", lambda row: _interval(row, "pass", "pass_low", "pass_high")),
-        _number("tokens", "mean_tokens"),
-        Column("truncated", lambda row: _percent(row["truncation_rate"])),
-        _number("grader failures", "grader_failures"),
-    )
-    return Table(
-        "evaluation",
-        "Evaluations; k is the number of samples of each problem",
-        columns,
-        tuple(rows),
-        folded=len(rows) > 12,
-    )
+    columns: dict[str, Shown] = {
+        **_plain("run", "task", "checkpoint"),
+        "problems × samples": lambda row: f"{row['problems']} × {row['samples']}",
+        "avg@k": _interval("avg", "avg_low", "avg_high"),
+        "pass@k": _interval("pass", "pass_low", "pass_high"),
+        "tokens": "mean_tokens",
+        "truncated": _percent("truncation_rate"),
+        **_plain("grader_failures"),
+    }
+    caption = "Evaluations; k is the number of samples of each problem"
+    return Table("evaluation", caption, columns, tuple(rows), folded=len(rows) > 12)
 
 
 def _spread(name: str, estimate: Estimate | None) -> Row:
@@ -280,27 +258,24 @@ def _spread(name: str, estimate: Estimate | None) -> Row:
     return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
-def _text(heading: str, key: str) -> Column:
-    return Column(heading, lambda row: _show(row[key]), number=False)
-
-
-def _number(heading: str, key: str) -> Column:
-    return Column(heading, lambda row: _show(row[key]))
+def _plain(*names: str) -> dict[str, Shown]:
+    """Columns headed by the names of their values."""
+    return {name.replace("_", " "): name for name in names}
 
 
 def _show(value: Value, absent: str = "–") -> str:
     return absent if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _percent(value: Value) -> str:
-    return percent(value) if isinstance(value, float) else "–"
+def _percent(name: str) -> Callable[[Row], str]:
+    return lambda row: percent(value) if isinstance(value := row[name], float) else "–"
 
 
-def _interval(row: Row, value: str, low: str, high: str, sign: str = "") -> str:
+def _interval(value: str, low: str, high: str, sign: str = "") -> Callable[[Row], str]:
     """Three columns as a number with its interval."""
-    numbers = [one for one in (row[value], row[low], row[high]) if isinstance(one, float)]
-    return interval(*numbers, sign=sign) if len(numbers) == 3 else "–"
 
+    def show(row: Row) -> str:
+        numbers = [one for one in (row[value], row[low], row[high]) if isinstance(one, float)]
+        return interval(*numbers, sign=sign) if len(numbers) == 3 else "–"
 
-def _class(column: Column) -> str:
-    return ' class="number"' if column.number else ""
+    return show
