@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import metadata as torch_metadata
 
 from rankleap.checkpoints import AdapterCheckpoint, FullCheckpoint, effective_weights, open_checkpoint, open_run
-from rankleap.checkpoints.dcp import DcpSource, adapter_names, model_names
+from rankleap.checkpoints.dcp import adapter_names, model_names, source_of, tiled
 from rankleap.checkpoints.layouts import LAYOUTS, layout_of
+from rankleap.checkpoints.source import TensorSource
 from rankleap.errors import CheckpointError
 from writers.dcp import UNEVEN, save, write_by_two
 from writers.huggingface import moved_adapter, moved_model, weights_of
@@ -55,19 +56,24 @@ def test_a_megatron_model_in_shards_over_layers_rows_and_columns_is_the_whole_mo
         assert torch.equal(checkpoint.source.read(name), weight)
 
 
+def source_at(folder: Path) -> TensorSource:
+    tensors = tiled(folder)
+    return source_of(tensors, tensors.values())
+
+
 @pytest.mark.parametrize("dim", [0, 1])
 def test_chunks_of_unequal_size_fit_together(by_two: Path, dim: int) -> None:
-    source = DcpSource(by_two / "uneven")
+    source = source_at(by_two / "uneven")
     name = f"model.norm.{dim}"
     assert torch.equal(source.read(name), UNEVEN)
     for first in range(6):
         for last in range(first, 8):
             assert torch.equal(source.read(name, slice(first, last)), UNEVEN[first:last])
-    assert torch.equal(source.box(name, (range(1, 4), range(2, 6))), UNEVEN[1:4, 2:6])
+    assert torch.equal(tiled(by_two / "uneven")[name].box((range(1, 4), range(2, 6))), UNEVEN[1:4, 2:6])
 
 
 def test_only_the_chunks_that_are_asked_for_are_read(sharded: Path) -> None:
-    source = DcpSource(sharded)
+    source = source_at(sharded)
     expected = source.read("model.model.embed_tokens.weight", slice(0, 32)).clone()
     (sharded / "__1_0.distcp").unlink()
     assert torch.equal(source.read("model.model.embed_tokens.weight", slice(0, 32)), expected)
@@ -127,7 +133,7 @@ def test_shards_before_their_metadata_are_still_being_written(sharded: Path) -> 
 
 
 def test_damage_within_a_shard_is_named_when_it_is_read(sharded: Path) -> None:
-    source = DcpSource(sharded)
+    source = source_at(sharded)
     (sharded / "__0_0.distcp").write_bytes(bytes((sharded / "__0_0.distcp").stat().st_size))
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp is truncated or damaged"):
         source.read("model.lm_head.weight")
@@ -192,7 +198,7 @@ def test_what_torch_saves_oddly_is_read_as_it_was(tmp_path: Path) -> None:
         "layers": whole.reshape(2, 3, 4).transpose(1, 2),
     }
     save(state, tmp_path)
-    source = DcpSource(tmp_path)
+    source = source_at(tmp_path)
     assert source.dtypes == dict.fromkeys(state, "F32") | {
         "scalar": "F16",
         "bfloat16": "BF16",

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from rankleap.checkpoints import open_checkpoint, open_run
-from rankleap.checkpoints.deepspeed import DeepSpeedSource
+from rankleap.checkpoints.deepspeed import zero_files
 from rankleap.checkpoints.layouts import layout_of
 from rankleap.errors import CheckpointError
 from writers.deepspeed import MODEL, OPTIMIZER, write_zero
@@ -59,7 +59,7 @@ def test_files_of_deepspeed_itself_are_read_as_the_model_that_was_live(stage: in
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("rows", [slice(0, 1), slice(3, 7), slice(8, None), slice(4, 4), slice(5, 99)])
 def test_rows_are_those_of_the_whole_wherever_partitions_end(stage: int, rows: slice) -> None:
-    source = DeepSpeedSource(DATA / f"deepspeed-zero{stage}" / "checkpoint-2" / "global_step2")
+    source = zero_files(DATA / f"deepspeed-zero{stage}" / "checkpoint-2" / "global_step2")
     for name in source.shapes:
         assert torch.equal(source.read(name, rows), source.read(name)[rows])
 
@@ -72,7 +72,7 @@ def test_masters_are_exact_on_any_number_of_ranks(
     model = make_model(vocab_size=63, intermediate_size=47, tie_word_embeddings=tied)
     model.get_parameter("model.layers.1.mlp.up_proj.weight").requires_grad_(False)
     write_zero(tmp_path / "global_step20", model, stage, ranks)
-    source, expected = DeepSpeedSource(tmp_path / "global_step20"), weights_of(model)
+    source, expected = zero_files(tmp_path / "global_step20"), weights_of(model)
     assert source.shapes == {name: tuple(weight.shape) for name, weight in expected.items()}
     assert ("lm_head.weight" in source.shapes) != tied
     for name, weight in expected.items():
@@ -86,7 +86,7 @@ def test_gaps_between_aligned_weights_are_left_out(
 ) -> None:
     model = make_model(hidden_size=24, vocab_size=63, intermediate_size=47)
     write_zero(tmp_path / "global_step20", model, stage=2, alignment=alignment)
-    source = DeepSpeedSource(tmp_path / "global_step20")
+    source = zero_files(tmp_path / "global_step20")
     assert all(torch.equal(source.read(name), weight) for name, weight in weights_of(model).items())
 
 
@@ -107,14 +107,14 @@ def test_padding_at_the_end_may_be_saved_too(make_model: MakeModel, weights_of: 
 
         change(path, keep_padding)
     assert sum(padded) > 0
-    source = DeepSpeedSource(first.parent)
+    source = zero_files(first.parent)
     assert all(torch.equal(source.read(name), weight) for name, weight in weights_of(model).items())
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_reading_rows_touches_only_the_ranks_that_hold_them(make_model: MakeModel, tmp_path: Path, stage: int) -> None:
     write_zero(tmp_path / "global_step20", make_model(), stage, ranks=2)
-    source = DeepSpeedSource(tmp_path / "global_step20")
+    source = zero_files(tmp_path / "global_step20")
     whole = source.read("model.embed_tokens.weight").clone()
     last = tmp_path / "global_step20" / f"bf16_zero_pp_rank_1_{OPTIMIZER}"
     last.unlink()
@@ -158,21 +158,21 @@ def test_a_missing_rank_is_named(make_model: MakeModel, tmp_path: Path, stage: i
         content = lost.read_bytes()
         lost.unlink()
         with pytest.raises(CheckpointError, match=rf"incomplete without {lost.name}"):
-            DeepSpeedSource(lost.parent)
+            zero_files(lost.parent)
         lost.write_bytes(content)
 
 
 def test_a_rank_of_another_save_is_named(folder: Path) -> None:
     shutil.copy(folder / f"bf16_zero_pp_rank_0_{OPTIMIZER}", folder / f"zero_pp_rank_3_{OPTIMIZER}")
     with pytest.raises(CheckpointError, match=rf"bf16_zero_pp_rank_0_{OPTIMIZER} .* \[3, 3\] ranks.* 4 are here"):
-        DeepSpeedSource(folder)
+        zero_files(folder)
 
 
 def test_ranks_that_disagree_about_their_number_are_refused(folder: Path) -> None:
     last = folder / f"bf16_zero_pp_rank_2_{OPTIMIZER}"
     change(last, lambda state: state.update(partition_count=[3, 1]))
     with pytest.raises(CheckpointError, match=rf"{last.name} was written by \[3, 1\] ranks"):
-        DeepSpeedSource(folder)
+        zero_files(folder)
 
 
 @pytest.mark.parametrize("more", [-7, 7])
@@ -184,7 +184,7 @@ def test_partitions_that_do_not_fit_the_parameters_are_refused(
     last = tmp_path / "global_step20" / f"bf16_zero_pp_rank_2_{OPTIMIZER}"
     change(last, lambda state: state.update({key: [pad(part, (0, more)) for part in state[key]]}))
     with pytest.raises(CheckpointError, match="global_step20 is damaged: its partitions hold"):
-        DeepSpeedSource(tmp_path / "global_step20")
+        zero_files(tmp_path / "global_step20")
 
 
 def test_fragments_that_do_not_fit_a_frozen_parameter_are_refused(make_model: MakeModel, tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_fragments_that_do_not_fit_a_frozen_parameter_are_refused(make_model: Ma
     path = tmp_path / "global_step20" / f"zero_pp_rank_1_{MODEL}"
     change(path, lambda state: state["frozen_param_fragments"].update({"lm_head.weight": torch.ones(5)}))
     with pytest.raises(CheckpointError, match="global_step20 is damaged: its partitions hold"):
-        DeepSpeedSource(tmp_path / "global_step20")
+        zero_files(tmp_path / "global_step20")
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_a_missing_model_file_is_named(make_model: MakeModel, tmp_path: Path, st
     write_zero(tmp_path / "global_step20", model, stage)
     (tmp_path / "global_step20" / name).unlink()
     with pytest.raises(CheckpointError, match=rf"/{name} does not exist"):
-        DeepSpeedSource(tmp_path / "global_step20")
+        zero_files(tmp_path / "global_step20")
 
 
 def test_the_running_weights_are_read_where_no_optimizer_was_saved(
@@ -215,9 +215,9 @@ def test_the_running_weights_are_read_where_no_optimizer_was_saved(
     for path in folder.glob(f"*{OPTIMIZER}"):
         path.unlink()
     with pytest.raises(CheckpointError, match="incomplete or still being written"):
-        DeepSpeedSource(folder)
+        zero_files(folder)
     (folder.parent / "latest").write_text("global_step20")
-    source, expected = DeepSpeedSource(folder), weights_of(make_model())
+    source, expected = zero_files(folder), weights_of(make_model())
     assert source.shapes.keys() == expected.keys()
     assert set(source.dtypes.values()) == {"BF16"}
     assert torch.equal(source.read("lm_head.weight"), expected["lm_head.weight"].bfloat16())
@@ -230,7 +230,7 @@ def test_a_tied_weight_counts_once_where_no_stage_says_what_is_shared(make_model
     for path in folder.glob(f"*{OPTIMIZER}"):
         path.unlink()
     change(folder / MODEL, lambda state: state.update(shared_params=None, param_shapes=None))
-    names = DeepSpeedSource(folder).shapes
+    names = zero_files(folder).shapes
     assert "model.embed_tokens.weight" in names
     assert "lm_head.weight" not in names
 
@@ -239,7 +239,7 @@ def test_a_tied_weight_counts_once_where_both_names_are_stored(make_model: MakeM
     shutil.rmtree(folder)
     write_zero(folder, make_model(tie_word_embeddings=True), stage=2)
     change(folder / MODEL, lambda state: state["module"].update({"lm_head.weight": torch.ones(64, 32)}))
-    assert "lm_head.weight" not in DeepSpeedSource(folder).shapes
+    assert "lm_head.weight" not in zero_files(folder).shapes
 
 
 def test_zero_3_without_its_optimizer_has_no_weights(make_model: MakeModel, tmp_path: Path) -> None:
@@ -247,26 +247,26 @@ def test_zero_3_without_its_optimizer_has_no_weights(make_model: MakeModel, tmp_
     for path in (tmp_path / "global_step20").glob(f"*{OPTIMIZER}"):
         path.unlink()
     with pytest.raises(CheckpointError, match=r"incomplete: ZeRO-3 keeps the weights in .*_optim_states\.pt"):
-        DeepSpeedSource(tmp_path / "global_step20")
+        zero_files(tmp_path / "global_step20")
 
 
 def test_a_model_split_by_tensors_is_refused(folder: Path) -> None:
     shutil.copy(folder / MODEL, folder / "mp_rank_01_model_states.pt")
     with pytest.raises(CheckpointError, match=r"mp_rank_01_model_states\.pt is a part of a model split"):
-        DeepSpeedSource(folder)
+        zero_files(folder)
 
 
 def test_an_adapter_without_its_config_is_refused_by_name(folder: Path) -> None:
     lora = "base_model.model.lm_head.lora_A.default.weight"
     change(folder / MODEL, lambda state: state["module"].update({lora: torch.ones(2, 2)}))
     with pytest.raises(CheckpointError, match=rf"{lora} and no adapter_config\.json"):
-        DeepSpeedSource(folder)
+        zero_files(folder)
 
 
 def test_a_file_that_is_not_deepspeeds_is_told_by_what_it_lacks(folder: Path) -> None:
     torch.save({"step": 1}, folder / MODEL)
     with pytest.raises(CheckpointError, match=rf"{MODEL} has no \w+, so DeepSpeed did not write it"):
-        DeepSpeedSource(folder)
+        zero_files(folder)
 
 
 def test_a_planted_command_does_not_run_and_is_named(
@@ -275,7 +275,7 @@ def test_a_planted_command_does_not_run_and_is_named(
     monkeypatch.chdir(tmp_path)
     change(folder / f"bf16_zero_pp_rank_1_{OPTIMIZER}", lambda state: state.update(loss_scaler=Command()))
     with pytest.raises(CheckpointError, match=r"rank_1_.* names posix\.system.*--trust-pickle"):
-        DeepSpeedSource(folder)
+        zero_files(folder)
     assert not Path("ran").exists()
-    DeepSpeedSource(folder, trust_pickle=True)
+    zero_files(folder, trust_pickle=True)
     assert Path("ran").exists()

@@ -22,9 +22,8 @@ from transformers import (
 )
 
 from rankleap.checkpoints import open_checkpoint
-from rankleap.checkpoints.dcp import DcpSource
 from rankleap.checkpoints.layouts import LAYOUTS, layout_of
-from rankleap.checkpoints.megatron import MegatronSource
+from rankleap.checkpoints.megatron import megatron_files
 from rankleap.errors import CheckpointError
 from writers.dcp import save
 from writers.huggingface import weights_of
@@ -124,7 +123,7 @@ def test_megatrons_own_arguments_tell_the_heads_too(tmp_path: Path) -> None:
         attention_backend=Backend.FLASH, params_dtype=torch.bfloat16,
     )  # fmt: skip
     torch.save({"args": arguments, "iteration": 100}, tmp_path / "common.pt")
-    source = MegatronSource(DcpSource(tmp_path), tmp_path)
+    source = megatron_files(tmp_path)
     for name, weight in weights_of(model).items():
         assert torch.equal(source.read(name)[: len(weight)], weight)
     assert source.shapes["lm_head.weight"] == (PADDED, 48)  # kept, for nothing tells the vocabulary

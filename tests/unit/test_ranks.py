@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rankleap.checkpoints import AdapterCheckpoint, FullCheckpoint, effective_weights, open_checkpoint
 from rankleap.checkpoints.layouts import layout_of
-from rankleap.checkpoints.pickled import TorchFilesSource
-from rankleap.checkpoints.ranks import RanksSource
+from rankleap.checkpoints.pickled import torch_files
+from rankleap.checkpoints.ranks import rank_files
 from rankleap.errors import CheckpointError
 from writers.verl import LORA_META, TINY, Tiny, write_tiny, write_verl_lora
 
@@ -60,7 +60,7 @@ def test_the_shards_are_put_together_to_the_model(tiny: Path, kind: str) -> None
 
 @pytest.mark.parametrize(("kind", "shape"), [("plain", (3, 2)), ("replicated", (3, 2)), ("empty", (0, 3))])
 def test_what_every_rank_has_whole_is_read_once(tiny: Path, kind: str, shape: tuple[int, ...]) -> None:
-    source = RanksSource(tiny / kind)
+    source = rank_files(tiny / kind)
     assert source.shapes == {kind: shape}
     assert torch.equal(source.read(kind), torch.arange(6.0).view(3, 2)[: shape[0]].reshape(shape))
 
@@ -70,12 +70,12 @@ def test_what_every_rank_has_whole_is_read_once(tiny: Path, kind: str, shape: tu
 )
 def test_another_placement_is_refused_by_its_name(tiny: Path, kind: str, placed: str) -> None:
     with pytest.raises(CheckpointError, match=f"{kind} in .* is placed as {placed}"):
-        RanksSource(tiny / kind)
+        rank_files(tiny / kind)
 
 
 def test_only_the_ranks_that_hold_the_rows_are_read(damaged: Callable[[str], Path]) -> None:
     directory = damaged("fsdp2")
-    source = RanksSource(directory)
+    source = rank_files(directory)
     for rank in (0, 2, 3):
         rank_file(directory, rank).unlink()
     expected = Tiny().embed_tokens.weight.detach()
@@ -124,7 +124,7 @@ def test_a_rank_of_another_model_is_refused(damaged: Callable[[str], Path]) -> N
 
 def test_one_rank_alone_is_no_model(tiny: Path) -> None:
     with pytest.raises(CheckpointError, match=r"embed_tokens.weight in .* is a DTensor, one rank's part"):
-        TorchFilesSource([rank_file(tiny / "fsdp1", 0)])
+        torch_files([rank_file(tiny / "fsdp1", 0)])
 
 
 def test_a_call_that_was_planted_in_one_rank_never_runs(damaged: Callable[[str], Path], tmp_path: Path) -> None:

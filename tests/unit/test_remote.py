@@ -23,9 +23,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rankleap.checkpoints import AdapterCheckpoint, FullCheckpoint, dense, open_run
-from rankleap.checkpoints.remote import FIRST_BYTES, RemotePath, RemoteRun, open_remote_run
-from rankleap.checkpoints.run import step_in_name
-from rankleap.checkpoints.source import SafetensorsSource, TensorSource
+from rankleap.checkpoints.remote import FIRST_BYTES, RemotePath
+from rankleap.checkpoints.source import TensorSource, safetensors_files
 from rankleap.errors import CheckpointError, InputError
 
 
@@ -83,12 +82,8 @@ def upload(directory: Path, address: str) -> str:
     return address
 
 
-def opened(address: str, **settings: tuple[str, ...]) -> RemoteRun:
-    return open_remote_run(address, step_in_name, **settings)
-
-
 def source_of(path: Path) -> TensorSource:
-    return opened(upload(path.parent, "counted://run/step_1")).checkpoints[1].source
+    return open_run(upload(path.parent, "counted://run/step_1")).checkpoints[1].source
 
 
 @pytest.fixture
@@ -103,10 +98,10 @@ def large(tmp_path: Path) -> Path:
 def test_a_remote_run_reads_as_the_same_run_on_disk_also_when_it_has_grown(run_directory: Path) -> None:
     here = open_run(run_directory)
     upload(run_directory / "checkpoint-10", "counted://run/checkpoint-10")
-    assert list(opened("counted://run").checkpoints) == [10]
-    for address in (upload(run_directory, "counted://run"), f"file://{run_directory}"):
-        there = opened(address)
-        assert (list(there.checkpoints), there.layout_key, there.skipped) == (here.steps, "hf", {})
+    assert list(open_run("counted://run").checkpoints) == [10]
+    for address in (upload(run_directory, "counted://run"), "counted://run/"):
+        there = open_run(address)
+        assert (list(there.checkpoints), there.layout.name, there.skipped) == (here.steps, here.layout.name, {})
         for step, checkpoint in there.checkpoints.items():
             local = here.checkpoints[step]
             assert isinstance(checkpoint, FullCheckpoint) and isinstance(local, FullCheckpoint)
@@ -116,7 +111,7 @@ def test_a_remote_run_reads_as_the_same_run_on_disk_also_when_it_has_grown(run_d
             assert (
                 str(checkpoint.directory)
                 == str(RemotePath(address) / f"checkpoint-{step}")
-                == f"{address}/checkpoint-{step}"
+                == f"counted://run/checkpoint-{step}"
             )
             assert not checkpoint.directory.exists()
 
@@ -124,7 +119,7 @@ def test_a_remote_run_reads_as_the_same_run_on_disk_also_when_it_has_grown(run_d
 def test_opening_fetches_headers_and_a_tensor_only_its_own_bytes(large: Path, files: Files) -> None:
     for step in (1, 2, 3):
         upload(large.parent, f"counted://run/step_{step}")
-    run = opened("counted://run")
+    run = open_run("counted://run")
     assert [length for _, length in files.answers] == [FIRST_BYTES] * 3
     files.answers.clear()
     source = pickle.loads(pickle.dumps(run.checkpoints[2])).source
@@ -143,7 +138,7 @@ def test_every_dtype_and_shape_reads_as_from_the_disk(dtype: str, tmp_path: Path
     shapes, path = [(), (0, 3), (5,), (4, 3), (3, 2, 5)], tmp_path / "model.safetensors"
     tensors = {str(shape): (10 * torch.rand(shape)).to(vars(torch)[dtype]) for shape in shapes}
     save_file(tensors, path, metadata={"longer than": "the first fetch" * FIRST_BYTES})
-    remote, local = source_of(path), SafetensorsSource({path: []})
+    remote, local = source_of(path), safetensors_files([path])
     assert [length for _, length in files.answers][:1] == [FIRST_BYTES] and len(files.answers) == 2
     assert (remote.shapes, remote.dtypes) == (local.shapes, local.dtypes)
     for name in tensors:
@@ -156,14 +151,14 @@ def test_every_dtype_and_shape_reads_as_from_the_disk(dtype: str, tmp_path: Path
 def test_a_dtype_that_torch_lacks_is_refused_when_it_is_read() -> None:
     header = json.dumps({"weight": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}}).encode()
     CountedFileSystem().pipe_file("/run/step_1/model.safetensors", len(header).to_bytes(8, "little") + header + b"abcd")
-    checkpoint = opened("counted://run").checkpoints[1]
+    checkpoint = open_run("counted://run").checkpoints[1]
     with pytest.raises(CheckpointError, match=r"weight of counted://run/step_1/model\.safetensors cannot .*'F4'"):
         checkpoint.source.read("weight")
 
 
 def test_shards_read_as_one_checkpoint_and_what_they_lack_is_named(base_directory: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(base_directory).save_pretrained(tmp_path, max_shard_size="40KB")
-    checkpoint = opened(upload(tmp_path, "counted://run/step_5")).checkpoints[5]
+    checkpoint = open_run(upload(tmp_path, "counted://run/step_5")).checkpoints[5]
     assert isinstance(checkpoint, FullCheckpoint)
     assert checkpoint.fingerprint() == FullCheckpoint(tmp_path).fingerprint()
     shards = sorted(path.name for path in tmp_path.glob("model-*.safetensors"))
@@ -172,7 +167,7 @@ def test_shards_read_as_one_checkpoint_and_what_they_lack_is_named(base_director
     for text, told in (
         (
             json.dumps({"weight_map": index | {"phantom": shards[0]}}),
-            r"index\.json lists phantom, which its files lack",
+            r"index\.json lists phantom, which model-.* should hold and lacks",
         ),
         (json.dumps({"weight_map": index | {"phantom": "lost"}}), r"counted://run/step_5/lost does not exist"),
         ('{"weight_map": {}}', r"step_5/model\.safetensors does not exist; found: .*index\.json"),
@@ -180,14 +175,14 @@ def test_shards_read_as_one_checkpoint_and_what_they_lack_is_named(base_director
     ):
         CountedFileSystem().pipe_file("/run/step_5/model.safetensors.index.json", text.encode())
         with pytest.raises(CheckpointError, match=told):
-            opened("counted://run")
+            open_run("counted://run")
 
 
 @pytest.mark.parametrize("keep", [0, 5, 8, 100, 4000, -100, -1])
 def test_a_truncated_file_is_named_and_its_step_skipped(keep: int, run_directory: Path) -> None:
     address, path = upload(run_directory, "counted://run"), "/run/checkpoint-30/model.safetensors"
     CountedFileSystem().pipe_file(path, CountedFileSystem.store[path].getvalue()[: keep or None if keep else 0])
-    run = opened(address)
+    run = open_run(address)
     assert (list(run.checkpoints), list(run.skipped)) == ([10, 20, 40], ["checkpoint-30"])
     assert run.skipped["checkpoint-30"].startswith(f"counted:/{path} is truncated or damaged")
 
@@ -211,8 +206,8 @@ def test_an_adapter_gives_the_deltas_of_the_same_one_on_disk(
     # TRL keeps the frozen reference adapter so, below the one that trains.
     save_adapter(tmp_path / "ref", seed=99)
     upload(tmp_path / "ref", "counted://run/checkpoint-20/ref")
-    base, here, there = FullCheckpoint(base_directory), open_run(lora_run), opened(address)
-    assert (list(there.checkpoints), there.layout_key) == (here.steps, "peft")
+    base, here, there = FullCheckpoint(base_directory), open_run(lora_run), open_run(address)
+    assert (list(there.checkpoints), there.layout.name) == (here.steps, here.layout.name)
     mine, theirs = there.checkpoints[20], here.checkpoints[20]
     assert isinstance(mine, AdapterCheckpoint) and isinstance(theirs, AdapterCheckpoint)
     assert (mine.base, mine.shapes) == (str(base_directory), theirs.shapes)
@@ -224,7 +219,7 @@ def test_pickled_weights_are_not_fetched(lora_run: Path, files: Files) -> None:
     address, files_ = upload(lora_run, "counted://run"), files.store
     files_["/run/checkpoint-10/adapter_model.bin"] = files_.pop("/run/checkpoint-10/adapter_model.safetensors")
     CountedFileSystem().pipe_file("/run/checkpoint-50/pytorch_model.bin", b"pickle" * 1000)
-    run = opened(address)
+    run = open_run(address)
     assert list(run.checkpoints) == [20, 30, 40]
     for name, needed, there in (("checkpoint-10", "adapter_", "adapter_"), ("checkpoint-50", "", "pytorch_")):
         told = rf"{name}/{needed}model.safetensors does not exist; found: .*{there}model.bin; .* copy that step here"
@@ -238,31 +233,31 @@ def test_steps_are_looked_for_where_trainers_put_them(run_directory: Path, lora_
     for exported in ("run/exported", "verl/step_40/actor/huggingface", "draft/step_40", "somebody/below/it/step_40"):
         upload(last, f"counted://{exported}")
     upload(lora_run / "checkpoint-40", "counted://draft/step_40/draft")
-    assert list(opened(address).checkpoints) == [10, 20, 30, 40]
-    assert list(opened("counted://run/", parents=("checkpoints", ".")).checkpoints) == [10, 20, 30, 40]
-    assert list(opened("counted://run/checkpoints/checkpoint-20").checkpoints) == [20]
-    assert list(opened("counted://run/exported").checkpoints) == [0]
-    assert str(opened("counted://verl").checkpoints[40].directory) == "counted://verl/step_40/actor/huggingface"
-    assert str(opened("counted://draft").checkpoints[40].directory) == "counted://draft/step_40"
+    assert list(open_run(address).checkpoints) == [10, 20, 30, 40]
+    assert list(open_run("counted://run/").checkpoints) == [10, 20, 30, 40]
+    assert list(open_run("counted://run/checkpoints/checkpoint-20").checkpoints) == [20]
+    assert list(open_run("counted://run/exported").checkpoints) == [0]
+    assert str(open_run("counted://verl").checkpoints[40].directory) == "counted://verl/step_40/actor/huggingface"
+    assert str(open_run("counted://draft").checkpoints[40].directory) == "counted://draft/step_40"
     with pytest.raises(CheckpointError, match=r"no complete checkpoint in counted://somebody; .*\n.*found: nothing"):
-        opened("counted://somebody")
+        open_run("counted://somebody")
 
 
 def test_a_step_is_taken_once_and_two_kinds_are_refused(run_directory: Path, lora_run: Path) -> None:
     for name in ("step_10", "checkpoint-10"):
         upload(run_directory / "checkpoint-10", f"counted://run/{name}")
-    run = opened("counted://run")
+    run = open_run("counted://run")
     assert str(run.checkpoints[10].directory) == "counted://run/checkpoint-10"
     assert run.skipped == {"step_10": "step 10 is here twice, counted://run/checkpoint-10 was taken"}
     upload(lora_run / "checkpoint-20", "counted://run/checkpoint-20")
-    with pytest.raises(CheckpointError, match="counted://run mixes hf and peft"):
-        opened("counted://run")
+    with pytest.raises(CheckpointError, match="counted://run mixes Hugging Face full and PEFT"):
+        open_run("counted://run")
 
 
 def test_a_connection_that_fails_once_is_tried_again(large: Path, files: Files) -> None:
     upload(large.parent, "counted://run/step_1")
     files.failures.append(("model.safetensors", ConnectionResetError("reset by peer")))
-    run = opened("counted://run")
+    run = open_run("counted://run")
     assert (list(run.checkpoints), files.failures) == ([1], [])
     files.failures.append(("model.safetensors", 1000))
     assert torch.equal(run.checkpoints[1].source.read("first"), load_file(large)["first"])
@@ -276,13 +271,13 @@ def test_a_step_that_is_gone_is_skipped_and_one_without_answer_is_not(run_direct
     address = upload(run_directory, "counted://run")
     for error in (FileNotFoundError("no"), PermissionError("no")):
         files.failures.append(("30/model.safetensors", error))
-        run = opened(address)
+        run = open_run(address)
         assert (list(run.checkpoints), files.failures) == ([10, 20, 40], [])
         told = f"counted://run/checkpoint-30 could not be read ({type(error).__name__}: no)"
         assert run.skipped["checkpoint-30"].startswith(told)
     files.failures += [("30/model.safetensors", ConnectionResetError("reset"))] * 3
     with pytest.raises(CheckpointError, match=r"checkpoint-30 could not be read \(ConnectionResetError: reset\)"):
-        opened(address)
+        open_run(address)
 
 
 def test_what_is_no_address_and_what_does_not_answer_is_told() -> None:
@@ -296,7 +291,7 @@ def test_what_is_no_address_and_what_does_not_answer_is_told() -> None:
         ("hf://org/run", r"could not be read \(OfflineModeIsEnabled"),
     ):
         with pytest.raises(InputError, match=told):
-            opened(address)
+            open_run(address)
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -344,14 +339,13 @@ class Hub(BaseHTTPRequestHandler):
 READ_ALL = """
 import sys, time
 from safetensors.torch import save_file
-from rankleap.checkpoints.remote import open_remote_run
-from rankleap.checkpoints.run import step_in_name
+from rankleap.checkpoints import open_run
 from rankleap.errors import InputError
 
 time.sleep = lambda seconds: None
 for number, address in enumerate(sys.argv[2:]):
     try:
-        run = open_remote_run(address, step_in_name)
+        run = open_run(address)
     except InputError as error:
         print(error)
         continue

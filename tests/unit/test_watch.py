@@ -10,8 +10,7 @@ import pytest
 
 from rankleap.errors import CheckpointError
 from rankleap.trajectory import RecordedTrajectory
-from rankleap.trajectory.record import open_recording, require_recorded
-from rankleap.trajectory.watch import Watch, sweep
+from rankleap.trajectory.record import Watch, open_recording, require_recorded, sweep
 
 LONG_AGO = time.time() - 1000
 

@@ -26,8 +26,8 @@ from rankleap.checkpoints.delta import (
 )
 from rankleap.checkpoints.full import FullCheckpoint, require_same_shapes
 from rankleap.checkpoints.methods import METHODS, Adapted, Form, Shape, method_of
-from rankleap.checkpoints.pickled import TorchFilesSource
-from rankleap.checkpoints.source import SafetensorsSource, TensorSource
+from rankleap.checkpoints.pickled import torch_files
+from rankleap.checkpoints.source import TensorSource, safetensors_files
 from rankleap.errors import CheckpointError
 from rankleap.files import read_json
 
@@ -168,7 +168,7 @@ class AdapterCheckpoint:
 
     def size_bytes(self) -> int:
         """Bytes of the adapter's files."""
-        return self.source.size_bytes()
+        return self.source.size_bytes
 
     def _sizes(self, name: str) -> dict[str, Shape]:
         return {part: self.source.shapes[key] for part, key in self._keys.get(name, {}).items()}
@@ -224,8 +224,8 @@ def _beside(name: str, kind: str) -> str:
 
 def _open_weights(directory: Path, trust_pickle: bool) -> TensorSource:
     if (directory / PICKLED).exists() and not (directory / WEIGHTS).exists():
-        return TorchFilesSource([directory / PICKLED], trust_pickle)
-    return SafetensorsSource({directory / WEIGHTS: []})
+        return torch_files([directory / PICKLED], trust_pickle)
+    return safetensors_files([directory / WEIGHTS])
 
 
 def _keys_by_weight(source: TensorSource) -> dict[str, dict[str, str]]:

@@ -6,12 +6,12 @@ expert parallelism others, Megatron stacks layers. Only the chunks, and of these
 FSDP's SHARDED_STATE_DICT (accelerate, TRL), prime-rl, NeMo-RL, SkyRL and torchtitan write it.
 """
 
-import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from torch import Tensor
 from rankleap.checkpoints import adapter
 from rankleap.checkpoints.adapter import AdapterCheckpoint
 from rankleap.checkpoints.full import FullCheckpoint
-from rankleap.checkpoints.pickled import Reader, StoredTensor, dtype_name, opening
-from rankleap.checkpoints.source import Renamed, TensorSource
+from rankleap.checkpoints.pickled import Reader, StoredTensor, opening
+from rankleap.checkpoints.source import Stored, TensorSource
 from rankleap.errors import CheckpointError
 from rankleap.files import read_json
 
@@ -77,54 +77,31 @@ class Chunk(NamedTuple):
 
     def _stored(self) -> StoredTensor:
         with opening(self.path), self.path.open("rb") as file:
-            stored = Reader(self.path).archived(io.BufferedReader(_Window(file, self.start, self.length)))
+            # The directory of a zip archive is found from its end, and bytes before the archive do no harm.
+            with _Mapped(file.fileno(), self.start + self.length, access=ACCESS_READ) as mapped:
+                stored = Reader(self.path).archived(mapped)
             if not isinstance(stored, StoredTensor) or stored.shape != self.sizes:
                 raise ValueError(f"needed a tensor of shape {self.sizes} at byte {self.start}")
-            return stored._replace(start=stored.start + self.start)
+            return stored
 
 
-class DcpSource(TensorSource):
-    """The model's tensors under the names that were saved; the trainer's own are left out."""
+class Tiled(NamedTuple):
+    """One tensor and the chunks that tile it."""
 
-    def __init__(self, folder: Path, trust_pickle: bool = False) -> None:
-        """Read ``.metadata`` and compare the files with it; raises ``CheckpointError`` for what is missing or truncated."""
-        if not (folder / METADATA).exists():
-            raise CheckpointError(
-                f"{folder} is incomplete: no {METADATA} yet, which is written last; wait for it or leave this step out"
-            )
-        with opening(folder / METADATA):
-            metadata = Reader(folder / METADATA, trust_pickle, _INERT).plain().state
-            stored = _stored_chunks(metadata["storage_data"], folder)
-            _require_whole(stored.values())
-            tensors = {
-                name: entry.state
-                for name, entry in metadata["state_dict_metadata"].items()
-                if type(entry).__name__ == "TensorStorageMetadata" and not _TRAINING.match(name)
-            }
-            self._chunks = {name: _chunks(name, tensor, stored) for name, tensor in tensors.items()}
-            self.shapes = {name: tuple(tensor["size"]) for name, tensor in tensors.items()}
-            # TensorProperties gives its state as a tuple, the precision first.
-            self._types = {name: tensor["properties"].state[0] for name, tensor in tensors.items()}
-            self.dtypes = {name: dtype_name(dtype) for name, dtype in self._types.items()}
-        if not tensors:
-            raise CheckpointError(f"{folder} holds no weights, only training state; needed the model's tensors")
-        for name, chunks in self._chunks.items():
-            # Chunks do not overlap, so equal sizes mean that nothing is left open.
-            if sum(prod(chunk.sizes) for chunk in chunks) != prod(self.shapes[name]):
-                raise CheckpointError(
-                    f"{folder / METADATA} lists only parts of {name}; the checkpoint is incomplete, leave this step out"
-                )
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[Chunk, ...]
 
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """One tensor, or some rows: a view of the file where one chunk holds them all, else assembled."""
-        return self.box(name, () if rows is None else (range(self.shapes[name][0])[rows],))
+    def read(self, rows: slice | None = None) -> Tensor:
+        """The tensor, or some rows: a view of the file where one chunk holds them all, else assembled."""
+        return self.box(() if rows is None else (range(self.shape[0])[rows],))
 
-    def box(self, name: str, sides: Sequence[range]) -> Tensor:
-        """A box of a tensor: a range (step 1) for each of its first dimensions, the others whole."""
-        box = [*sides, *(range(size) for size in self.shapes[name][len(sides) :])]
+    def box(self, sides: Sequence[range]) -> Tensor:
+        """A box of the tensor: a range (step 1) for each of its first dimensions, the others whole."""
+        box = [*sides, *(range(size) for size in self.shape[len(sides) :])]
         # Takes no memory until it is written to.
-        whole = torch.empty([len(side) for side in box], dtype=self._types[name])
-        for chunk in self._chunks[name]:
+        whole = torch.empty([len(side) for side in box], dtype=self.dtype)
+        for chunk in self.chunks:
             ends = zip(box, chunk.offsets, chunk.sizes, strict=True)
             shared = [range(max(side.start, at), min(side.stop, at + size)) for side, at, size in ends]
             if not all(shared):
@@ -137,35 +114,47 @@ class DcpSource(TensorSource):
             whole[tuple(slice(place.start, place.stop) for place in places)] = part
         return whole
 
-    def size_bytes(self) -> int:
-        """Bytes of the model's chunks; the files may hold the optimizer's too."""
-        return sum(chunk.length for chunks in self._chunks.values() for chunk in chunks)
+
+def tiled(folder: Path, trust_pickle: bool = False) -> dict[str, Tiled]:
+    """The model's tensors under the names that were saved; the trainer's own are left out.
+
+    Reads ``.metadata`` and compares the files with it; raises ``CheckpointError`` for what is missing or truncated.
+    """
+    path = folder / METADATA
+    if not path.exists():
+        raise CheckpointError(
+            f"{folder} is incomplete: no {METADATA} yet, which is written last; wait for it or leave this step out"
+        )
+    with opening(path):
+        metadata = Reader(path, trust_pickle, _INERT).plain().state
+        stored = _stored_chunks(metadata["storage_data"], folder)
+        _require_whole(stored.values())
+        tensors = {
+            name: _tiled(name, entry.state, stored)
+            for name, entry in metadata["state_dict_metadata"].items()
+            if type(entry).__name__ == "TensorStorageMetadata" and not _TRAINING.match(name)
+        }
+    if not tensors:
+        raise CheckpointError(f"{folder} holds no weights, only training state; needed the model's tensors")
+    for name, tensor in tensors.items():
+        # Chunks do not overlap, so equal sizes mean that nothing is left open.
+        if sum(prod(chunk.sizes) for chunk in tensor.chunks) != prod(tensor.shape):
+            raise CheckpointError(
+                f"{path} lists only parts of {name}; the checkpoint is incomplete, leave this step out"
+            )
+    return tensors
 
 
-class _Window(io.RawIOBase):
-    """A part of a file as a file of its own: the directory of a zip archive is found from its end."""
+def source_of(tensors: Mapping[str, Stored], chunks: Iterable[Tiled]) -> TensorSource:
+    """A source that counts the bytes of the model's chunks alone, for the files may hold the optimizer's too."""
+    return TensorSource(tensors, sum(chunk.length for tensor in chunks for chunk in tensor.chunks))
 
-    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
-        self._file, self._start, self._length, self._at = file, start, length, 0
 
-    def readable(self) -> bool:
-        return True
+class _Mapped(mmap):
+    """A mapped file, as ``zipfile`` wants it."""
 
     def seekable(self) -> bool:
         return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = (0, self._at, self._length)[whence] + offset
-        if self._at < 0:
-            raise ValueError(f"byte {self._at} was asked for")
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        self._file.seek(self._start + self._at)
-        content = self._file.read(min(len(buffer), max(0, self._length - self._at)))
-        buffer[: len(content)] = content
-        self._at += len(content)
-        return len(content)
 
 
 def find(directory: Path) -> Path | None:
@@ -179,11 +168,12 @@ def find(directory: Path) -> Path | None:
 
 def open_checkpoint(folder: Path, trust_pickle: bool = False) -> FullCheckpoint | AdapterCheckpoint:
     """The model, or its adapter where an ``adapter_config.json`` lies in the folder or above it in the step directory."""
-    source = DcpSource(folder, trust_pickle)
+    tensors = tiled(folder, trust_pickle)
+    source = source_of(tensors, tensors.values())
     # Wrappers first: an adapter's own names lie within the model's.
     names = model_names(source.shapes)
     if not any(_ADAPTED.fullmatch(name) for name in names):
-        return FullCheckpoint(folder, source=Renamed(source, names))
+        return FullCheckpoint(folder, source=source.renamed(names))
     config = next((place / adapter.CONFIG for place in upwards(folder) if (place / adapter.CONFIG).exists()), None)
     if config is None:
         raise CheckpointError(
@@ -191,7 +181,7 @@ def open_checkpoint(folder: Path, trust_pickle: bool = False) -> FullCheckpoint 
             f"copy the run's {adapter.CONFIG} into {folder}"
         )
     saved = {new: names[name] for new, name in adapter_names(names, folder).items()}
-    return AdapterCheckpoint(folder, config=read_json(config), source=Renamed(source, saved), trust_pickle=trust_pickle)
+    return AdapterCheckpoint(folder, config=read_json(config), source=source.renamed(saved), trust_pickle=trust_pickle)
 
 
 def upwards(folder: Path) -> list[Path]:
@@ -255,9 +245,11 @@ def _stored_chunks(storage: dict[Any, Any], folder: Path) -> dict[tuple[str, tup
     return found
 
 
-def _chunks(name: str, tensor: dict[str, Any], stored: dict[Any, Chunk]) -> list[Chunk]:
+def _tiled(name: str, tensor: dict[str, Any], stored: dict[Any, Chunk]) -> Tiled:
     boxes = [(tuple(box.state["offsets"]), tuple(box.state["sizes"])) for box in tensor["chunks"]]
-    return [stored[name, offsets]._replace(sizes=sizes) for offsets, sizes in boxes]
+    chunks = tuple(stored[name, offsets]._replace(sizes=sizes) for offsets, sizes in boxes)
+    # TensorProperties gives its state as a tuple, the precision first.
+    return Tiled(tuple(tensor["size"]), tensor["properties"].state[0], chunks)
 
 
 def _require_whole(chunks: Iterable[Chunk]) -> None:

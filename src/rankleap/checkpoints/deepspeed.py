@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from rankleap.checkpoints.full import FullCheckpoint
-from rankleap.checkpoints.pickled import StoredTensor, dtype_name, scan_pickle
-from rankleap.checkpoints.source import TensorSource
+from rankleap.checkpoints.pickled import StoredTensor, scan_pickle
+from rankleap.checkpoints.source import Stored, TensorSource
 from rankleap.errors import CheckpointError
 
 STATES = "*_states.pt"
@@ -83,44 +83,29 @@ class _Flat:
         return whole.view(shape)
 
 
-class DeepSpeedSource(TensorSource):
-    """Weights of one step's folder: tied ones once, buffers left out."""
+class _Step:
+    """One step's folder."""
 
-    def __init__(self, directory: Path, trust_pickle: bool = False) -> None:
-        """Read where everything lies; raises ``CheckpointError`` for missing, damaged, untrusted or contradicting files."""
+    def __init__(self, directory: Path, trust_pickle: bool) -> None:
         self._directory, self._trust_pickle = directory, trust_pickle
-        self._files = sorted(directory.glob(STATES))
-        for path in self._files:
+        self.files = sorted(directory.glob(STATES))
+        for path in self.files:
             if path.name != _MODEL and not _OF_RANK.fullmatch(path.name):
                 raise CheckpointError(
                     f"{path} is a part of a model split by tensors, layers or experts; only data parallelism is read; "
                     "convert it with DeepSpeed first"
                 )
+
+    def weights(self) -> dict[str, Stored]:
+        """The model's tensors at any stage, tied ones once, buffers left out."""
         ranks = self._optimizers()
-        self._weights: dict[str, _Flat | StoredTensor]
         if ranks and _MASTERS[1] in ranks[0]:
-            self._weights = dict(self._partitioned(ranks))
-        else:
-            self._weights = self._whole() | dict(self._grouped(ranks))
-        if adapted := next((name for name in self._weights if ".lora_" in name), None):
-            raise CheckpointError(
-                f"{directory} holds {adapted} and no adapter_config.json, which would say what it means; "
-                "save the adapter with PEFT too and give that directory"
-            )
-        self.shapes = {name: weight.shape for name, weight in self._weights.items()}
-        self.dtypes = {name: dtype_name(weight.dtype) for name, weight in self._weights.items()}
-
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """The weight, a view of the mapped file where it lies in one piece."""
-        return self._weights[name].read(rows)
-
-    def size_bytes(self) -> int:
-        """Bytes of the files, the optimizer's moments included."""
-        return sum(path.stat().st_size for path in self._files)
+            return dict(self._partitioned(ranks))
+        return {**self._whole(), **dict(self._grouped(ranks))}
 
     def _optimizers(self) -> list[dict[str, Any]]:
         """The state of each rank's optimizer; raises ``CheckpointError`` unless there are as many as each says there are."""
-        matches = [_OF_RANK.fullmatch(path.name) for path in self._files]
+        matches = [_OF_RANK.fullmatch(path.name) for path in self.files]
         files = {int(match[1]): match.string for match in matches if match and match[2] == "optim"}
         states: list[dict[str, Any]] = []
         for rank in sorted(files):
@@ -138,7 +123,7 @@ class DeepSpeedSource(TensorSource):
 
     def _whole(self) -> dict[str, StoredTensor]:
         """The tensors of a model that every rank holds whole, in the precision that it ran in."""
-        if not (self._directory / _MODEL).exists() and any("_model_" in path.name for path in self._files):
+        if not (self._directory / _MODEL).exists() and any("_model_" in path.name for path in self.files):
             raise CheckpointError(
                 f"{self._directory} is incomplete: ZeRO-3 keeps the weights in the ranks' *_optim_states.pt, which are not here"
             )
@@ -206,9 +191,21 @@ class DeepSpeedSource(TensorSource):
             )
 
 
+def zero_files(directory: Path, trust_pickle: bool = False) -> TensorSource:
+    """Weights of one step's folder; raises ``CheckpointError`` for missing, damaged, untrusted or contradicting files."""
+    step = _Step(directory, trust_pickle)
+    weights = step.weights()
+    if adapted := next((name for name in weights if ".lora_" in name), None):
+        raise CheckpointError(
+            f"{directory} holds {adapted} and no adapter_config.json, which would say what it means; "
+            "save the adapter with PEFT too and give that directory"
+        )
+    return TensorSource(weights, sum(path.stat().st_size for path in step.files))
+
+
 def open_checkpoint(directory: Path, trust_pickle: bool = False) -> FullCheckpoint:
     """The model of one step's folder."""
-    return FullCheckpoint(directory, source=DeepSpeedSource(directory, trust_pickle))
+    return FullCheckpoint(directory, source=zero_files(directory, trust_pickle))
 
 
 def find(directory: Path) -> Path | None:

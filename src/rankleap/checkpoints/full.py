@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from rankleap.checkpoints.delta import BLOCK_BYTES, CHUNK_BYTES, DeltaRows, require_finite, row_slices
-from rankleap.checkpoints.source import DTYPES, SafetensorsSource, TensorSource, without_tied_head
+from rankleap.checkpoints.source import DTYPES, TensorSource, files_of, safetensors_files, without_tied_head
 from rankleap.errors import BaseMismatchError, CheckpointError
-from rankleap.files import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -32,7 +31,7 @@ class FullCheckpoint:
         """
         self.directory = directory
         self.file = file
-        found = source or SafetensorsSource({directory / file: []} if file else _weight_files(directory))
+        found = source or files_of(directory, file or WEIGHTS, INDEX, safetensors_files)
         self.source = without_tied_head(found)
         self.shapes, self.dtypes = self.source.shapes, self.source.dtypes
 
@@ -106,7 +105,7 @@ class FullCheckpoint:
 
     def size_bytes(self) -> int:
         """Bytes of the weight files."""
-        return self.source.size_bytes()
+        return self.source.size_bytes
 
     def fingerprint(self) -> str:
         """Hash of every tensor's name, shape and first row: tells two bases of one architecture apart at little cost."""
@@ -139,29 +138,6 @@ def require_same_shapes(shapes: Mapping[str, tuple[int, ...]], base: FullCheckpo
                 ]
             )
         )
-
-
-def _weight_files(directory: Path) -> dict[Path, list[str]]:
-    """The files to read, and the tensors that the index, if there is one, says each holds."""
-    # The single file first, as Transformers does: saving one over shards leaves their index behind.
-    if (directory / WEIGHTS).exists():
-        return {directory / WEIGHTS: []}
-    if (directory / INDEX).exists():
-        shard_of: dict[str, str] = read_json(directory / INDEX).get("weight_map", {})
-        if not shard_of:
-            raise CheckpointError(f"{directory / INDEX} lists no tensors; copy it again or leave this step out")
-        config = directory / "config.json"
-        tied = config.exists() and read_json(config).get("tie_word_embeddings")
-        # torchtune's index repeats names of the base that its files rightly leave out.
-        spare = {
-            name for name in shard_of if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
-        }
-        return {
-            directory / s: [name for name in shard_of if shard_of[name] == s and name not in spare]
-            for s in sorted(set(shard_of.values()))
-        }
-    found = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) if directory.is_dir() else "no such directory"
-    raise CheckpointError(f"{directory} needs {WEIGHTS} or {INDEX}; found: {found or 'nothing'}")
 
 
 def as_float32(tensor: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rankleap.checkpoints import dcp
-from rankleap.checkpoints.dcp import DcpSource, model_names
+from rankleap.checkpoints.dcp import Tiled, model_names, source_of, tiled
 from rankleap.checkpoints.full import FullCheckpoint
 from rankleap.checkpoints.pickled import Record, scan_pickle
 from rankleap.checkpoints.source import TensorSource
@@ -99,45 +99,42 @@ class Heads:
 class Spans:
     """A weight of the model: rows of a saved tensor, or of one layer of it."""
 
-    saved: str
+    saved: Tiled
     layer: int | None
     rows: list[range]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As the model has it."""
+        return (sum(map(len, self.rows)), *self.saved.shape[1 if self.layer is None else 2 :])
 
-class MegatronSource(TensorSource):
-    """A Megatron model's tensors under Hugging Face's names."""
+    @property
+    def dtype(self) -> torch.dtype:
+        """As it was saved."""
+        return self.saved.dtype
 
-    def __init__(self, source: DcpSource, folder: Path) -> None:
-        """Map the names; raises ``CheckpointError`` for a tensor that has no place in the model, and for unknown heads."""
-        self._source, heads = source, _heads(folder)
-        self._spans = {
-            name: spans
-            for own, saved in model_names(source.shapes).items()
-            for name, spans in _weights(own, saved, source.shapes[saved], heads)
-        }
-        self.shapes, self.dtypes = {}, {}
-        for name, spans in self._spans.items():
-            inner = source.shapes[spans.saved][1 if spans.layer is None else 2 :]
-            self.shapes[name] = (sum(map(len, spans.rows)), *inner)
-            self.dtypes[name] = source.dtypes[spans.saved]
-
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
+    def read(self, rows: slice | None = None) -> Tensor:
         """Only the rows that are asked for of the fused tensor."""
-        spans = self._spans[name]
-        first, stop, _ = (rows or slice(None)).indices(self.shapes[name][0])
-        tops = accumulate(map(len, spans.rows), initial=0)
-        parts = [span[max(0, first - top) : max(0, stop - top)] for span, top in zip(spans.rows, tops, strict=False)]
+        first, stop, _ = (rows or slice(None)).indices(self.shape[0])
+        tops = accumulate(map(len, self.rows), initial=0)
+        parts = [span[max(0, first - top) : max(0, stop - top)] for span, top in zip(self.rows, tops, strict=False)]
         asked = [part for part in parts if part] or [range(0)]
-        if spans.layer is None:
-            pieces = [self._source.box(spans.saved, (part,)) for part in asked]
+        if self.layer is None:
+            pieces = [self.saved.box((part,)) for part in asked]
         else:
-            layer = range(spans.layer, spans.layer + 1)
-            pieces = [self._source.box(spans.saved, (layer, part))[0] for part in asked]
+            pieces = [self.saved.box((range(self.layer, self.layer + 1), part))[0] for part in asked]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def size_bytes(self) -> int:
-        """Bytes of the model's chunks."""
-        return self._source.size_bytes()
+
+def megatron_files(folder: Path, trust_pickle: bool = False) -> TensorSource:
+    """A Megatron model's tensors under Hugging Face's names.
+
+    Raises ``CheckpointError`` for a tensor that has no place in the model, and for unknown heads.
+    """
+    tensors, heads = tiled(folder, trust_pickle), _heads(folder)
+    named = {own: tensors[saved] for own, saved in model_names(tensors).items()}
+    spans = {name: part for own, saved in named.items() for name, part in _weights(own, saved, heads)}
+    return source_of(spans, tensors.values())
 
 
 def find(directory: Path) -> Path | None:
@@ -153,23 +150,23 @@ def find(directory: Path) -> Path | None:
 
 def open_checkpoint(folder: Path, trust_pickle: bool = False) -> FullCheckpoint:
     """The model that Megatron's files stand for; raises ``CheckpointError`` that names the converter if it is another."""
-    return FullCheckpoint(folder, source=MegatronSource(DcpSource(folder, trust_pickle), folder))
+    return FullCheckpoint(folder, source=megatron_files(folder, trust_pickle))
 
 
-def _weights(own: str, saved: str, shape: tuple[int, ...], heads: Heads) -> Iterator[tuple[str, Spans]]:
+def _weights(own: str, saved: Tiled, heads: Heads) -> Iterator[tuple[str, Spans]]:
     """The names in the model of what one saved tensor holds, and where; ``own`` is its name without wrappers."""
     if own in _TOP:
         cut = None if own == _FINAL else heads.vocabulary
-        yield _TOP[own], Spans(saved, None, [range(shape[0])[:cut]])
+        yield _TOP[own], Spans(saved, None, [range(saved.shape[0])[:cut]])
         return
     match = _LAYER.fullmatch(own)
     if not match or match[2] not in _PARTS:
         raise CheckpointError(f"{own} has no place in a Qwen2, Qwen3 or Llama model; {_CONVERTERS}")
     number, names = match[1], _PARTS[match[2]]
-    rows = shape[0] if number else shape[1]
+    rows = saved.shape[0 if number else 1]
     halves: dict[int, Sequence[list[range]]] = {1: ([range(rows)],), 2: ([range(rows // 2)], [range(rows // 2, rows)])}
     spans = halves[len(names)] if len(names) < 3 else heads.spans(rows, own)
-    for layer in [int(number)] if number else range(shape[0]):
+    for layer in [int(number)] if number else range(saved.shape[0]):
         for name, part in zip(names, spans, strict=True):
             yield f"model.layers.{layer}.{name}", Spans(saved, None if number else layer, part)
 

@@ -12,6 +12,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -21,9 +22,8 @@ import torch
 from torch import Tensor
 
 from rankleap.checkpoints.full import FullCheckpoint
-from rankleap.checkpoints.source import DTYPE_NAMES, TensorSource
+from rankleap.checkpoints.source import TensorSource, files_of
 from rankleap.errors import CheckpointError
-from rankleap.files import read_json
 
 BIN = "pytorch_model.bin"
 BIN_INDEX = "pytorch_model.bin.index.json"
@@ -137,61 +137,30 @@ def state_dict(path: Path, trust_pickle: bool = False) -> dict[str, StoredTensor
     raise CheckpointError(f"{path} holds no tensors by name; a state dict is needed")
 
 
-class TorchFilesSource(TensorSource):
-    """Tensors of one or more state dicts that ``torch.save`` wrote (``.bin``, ``.pt``)."""
-
-    def __init__(self, paths: Sequence[Path], trust_pickle: bool = False) -> None:
-        """Read where every tensor lies; raises ``CheckpointError`` for missing, damaged or untrusted files."""
-        self._paths = list(paths)
-        self._tensors: dict[str, StoredTensor] = {}
-        for path in paths:
-            for name, tensor in state_dict(path, trust_pickle).items():
-                if isinstance(tensor, WrappedTensor):
-                    raise CheckpointError(
-                        f"{name} in {path} is a {tensor.kind}, one rank's part of a tensor; "
-                        "needed the files of all ranks, named model_world_size_W_rank_R.pt"
-                    )
-                self._tensors[name] = tensor
-        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
-        self.dtypes = {name: dtype_name(tensor.dtype) for name, tensor in self._tensors.items()}
-
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """A view of the memory-mapped bytes."""
-        return self._tensors[name].read(rows)
-
-    def size_bytes(self) -> int:
-        """Bytes of the files."""
-        return sum(path.stat().st_size for path in self._paths)
+def torch_files(paths: Sequence[Path], trust_pickle: bool = False) -> TensorSource:
+    """Tensors of state dicts that ``torch.save`` wrote; raises ``CheckpointError`` for missing, damaged or untrusted files."""
+    tensors: dict[str, StoredTensor] = {}
+    for path in paths:
+        for name, tensor in state_dict(path, trust_pickle).items():
+            if isinstance(tensor, WrappedTensor):
+                raise CheckpointError(
+                    f"{name} in {path} is a {tensor.kind}, one rank's part of a tensor; "
+                    "needed the files of all ranks, named model_world_size_W_rank_R.pt"
+                )
+            tensors[name] = tensor
+    return TensorSource(tensors, sum(path.stat().st_size for path in paths))
 
 
 def open_bin(directory: Path, trust_pickle: bool = False) -> FullCheckpoint:
     """A Hugging Face full checkpoint from before safetensors: one file, or the shards that its index lists."""
-    # The single file first, as for safetensors.
-    if (directory / BIN).exists() or not (directory / BIN_INDEX).exists():
-        return _one_file(directory / BIN, trust_pickle)
-    shard_of: dict[str, str] = read_json(directory / BIN_INDEX).get("weight_map", {})
-    source = TorchFilesSource([directory / shard for shard in sorted(set(shard_of.values()))], trust_pickle)
-    lost = sorted(shard_of.keys() - source.shapes.keys())
-    if lost or not shard_of:
-        raise CheckpointError(
-            f"{directory / BIN_INDEX} lists {len(shard_of)} tensors, its shards lack {', '.join(lost[:8]) or 'all'}; "
-            "copy them again"
-        )
-    return FullCheckpoint(directory, source=source)
+    read = partial(torch_files, trust_pickle=trust_pickle)
+    return FullCheckpoint(directory, source=files_of(directory, BIN, BIN_INDEX, read))
 
 
 def open_torch(directory: Path, trust_pickle: bool = False) -> FullCheckpoint:
     """A full checkpoint in one file, one of ``MODEL_STATES``."""
-    return _one_file(next(path for name in MODEL_STATES if (path := directory / name).exists()), trust_pickle)
-
-
-def _one_file(path: Path, trust_pickle: bool) -> FullCheckpoint:
-    return FullCheckpoint(path.parent, source=TorchFilesSource([path], trust_pickle))
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Safetensors' name of a precision that weights may have, else torch's own."""
-    return DTYPE_NAMES.get(dtype, str(dtype))
+    path = next(path for name in MODEL_STATES if (path := directory / name).exists())
+    return FullCheckpoint(directory, source=torch_files([path], trust_pickle))
 
 
 class _Storage(NamedTuple):
@@ -223,7 +192,7 @@ class Reader:
         with opening(self._path), self._path.open("rb") as file:
             return _Unpickler(file, self, _no_storage).load()
 
-    def archived(self, file: BinaryIO) -> Any:
+    def archived(self, file: Any) -> Any:
         """A zip archive: ``NAME/data.pkl`` is the tree, ``NAME/data/KEY`` are the storages, uncompressed."""
         with zipfile.ZipFile(file) as archive:
             [pickled] = (name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl")

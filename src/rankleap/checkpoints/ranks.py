@@ -19,8 +19,8 @@ from torch import Tensor
 
 from rankleap.checkpoints.adapter import AdapterCheckpoint
 from rankleap.checkpoints.full import FullCheckpoint
-from rankleap.checkpoints.pickled import Record, StoredTensor, WrappedTensor, dtype_name, state_dict
-from rankleap.checkpoints.source import Renamed, TensorSource
+from rankleap.checkpoints.pickled import Record, StoredTensor, WrappedTensor, state_dict
+from rankleap.checkpoints.source import TensorSource
 from rankleap.errors import CheckpointError
 from rankleap.files import read_json
 
@@ -40,47 +40,43 @@ class Sharded:
     dim: int
     pieces: tuple[tuple[int, StoredTensor], ...]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of every piece."""
+        return self.pieces[0][1].dtype
 
-class RanksSource(TensorSource):
-    """Tensors that were sharded over ranks, whole."""
-
-    def __init__(self, directory: Path, trust_pickle: bool = False) -> None:
-        """Read where every piece lies; raises ``CheckpointError`` for ranks that are missing, damaged or do not fit together."""
-        self._files = _rank_files(directory)
-        ranks = [state_dict(file, trust_pickle) for file in self._files]
-        for file, rank in zip(self._files, ranks, strict=True):
-            if other := rank.keys() ^ ranks[0].keys():
-                raise CheckpointError(
-                    f"{file} and {self._files[0].name} differ in {', '.join(sorted(other)[:8])}; "
-                    "they are of different saves, copy them again or leave this step out"
-                )
-        self._tensors = {name: _joined([rank[name] for rank in ranks], name, directory) for name in ranks[0]}
-        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
-        self.dtypes = {name: dtype_name(tensor.pieces[0][1].dtype) for name, tensor in self._tensors.items()}
-
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
+    def read(self, rows: slice | None = None) -> Tensor:
         """A view of one rank's file, or a copy where several hold the rows; other ranks' files are not touched."""
-        tensor = self._tensors[name]
-        if rows is None or tensor.dim != 0:
-            parts = [stored.read(rows) for _, stored in tensor.pieces]
+        if rows is None or self.dim != 0:
+            parts = [stored.read(rows) for _, stored in self.pieces]
         else:
-            first, stop, _ = rows.indices(tensor.shape[0])
+            first, stop, _ = rows.indices(self.shape[0])
             # Of a rank that holds none of the rows, nothing is read.
-            held = [stored.read(slice(max(0, first - start), max(0, stop - start))) for start, stored in tensor.pieces]
+            held = [stored.read(slice(max(0, first - start), max(0, stop - start))) for start, stored in self.pieces]
             parts = [part for part in held if len(part)] or held[:1]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, tensor.dim)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
 
-    def size_bytes(self) -> int:
-        """Bytes of the files of all ranks."""
-        return sum(file.stat().st_size for file in self._files)
+
+def rank_files(directory: Path, trust_pickle: bool = False) -> TensorSource:
+    """Tensors whole over the ranks; raises ``CheckpointError`` for ranks that are missing, damaged or do not fit together."""
+    files = _rank_files(directory)
+    ranks = [state_dict(file, trust_pickle) for file in files]
+    for file, rank in zip(files, ranks, strict=True):
+        if other := rank.keys() ^ ranks[0].keys():
+            raise CheckpointError(
+                f"{file} and {files[0].name} differ in {', '.join(sorted(other)[:8])}; "
+                "they are of different saves, copy them again or leave this step out"
+            )
+    tensors = {name: _joined([rank[name] for rank in ranks], name, directory) for name in ranks[0]}
+    return TensorSource(tensors, sum(file.stat().st_size for file in files))
 
 
 def open_ranks(directory: Path, trust_pickle: bool = False) -> FullCheckpoint | AdapterCheckpoint:
     """The checkpoint whose rank files lie here: an adapter when they hold LoRA weights, else a full one."""
-    source = RanksSource(directory, trust_pickle)
+    source = rank_files(directory, trust_pickle)
     adapter = {name: name for name in source.shapes if _ADAPTER.fullmatch(name)}
     if adapter:
-        return AdapterCheckpoint(directory, config=_lora_config(directory), source=Renamed(source, adapter))
+        return AdapterCheckpoint(directory, config=_lora_config(directory), source=source.renamed(adapter))
     return FullCheckpoint(directory, source=source)
 
 

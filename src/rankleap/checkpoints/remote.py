@@ -32,7 +32,7 @@ from rankleap.checkpoints import adapter, full
 from rankleap.checkpoints.adapter import AdapterCheckpoint
 from rankleap.checkpoints.full import FullCheckpoint
 from rankleap.checkpoints.layouts import Checkpoint
-from rankleap.checkpoints.source import TensorSource
+from rankleap.checkpoints.source import TensorSource, require_listed
 from rankleap.errors import CheckpointError, InputError
 
 Answer = TypeVar("Answer")
@@ -56,16 +56,6 @@ log = logging.getLogger(__name__)
 
 class _UnreachableError(CheckpointError):
     """There is no answer, which says nothing of the checkpoint itself."""
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteRun:
-    """The complete checkpoints of a remote run by step, their row in ``LAYOUTS``, and what was skipped and why."""
-
-    location: str
-    checkpoints: dict[int, Checkpoint]
-    skipped: dict[str, str]
-    layout_key: str
 
 
 class RemotePath(PosixPath):
@@ -116,78 +106,89 @@ class _Place:
             raise CheckpointError(f"{self.at(path)} is no valid JSON ({error}); copy it again") from None
 
 
-class RemoteSafetensors(TensorSource):
-    """Tensors of one or more safetensors files of a place."""
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """A tensor's bytes in a safetensors file of a place."""
 
-    is_local = False
+    place: _Place
+    path: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    start: int
+    stop: int
 
-    def __init__(self, place: _Place, paths: Iterable[str], files: Mapping[str, Any]) -> None:
-        """Fetch the headers; ``files`` is what the driver says of each file there. Raises ``CheckpointError``."""
-        self.shapes, self.dtypes = {}, {}
-        self._place = place
-        self._spans: dict[str, tuple[str, int, int]] = {}
-        self._size_bytes = 0
-        for path in paths:
-            if path not in files:
-                there = ", ".join(sorted(place.at(file) for file in files)[:8]) or "nothing"
-                why = (
-                    f"does not exist; found: {there}; if it is pickled (.pt, .bin, .distcp), copy that step here first"
-                )
-                raise CheckpointError(f"{place.at(path)} {why}")
-            # A web server's list has no sizes.
-            size = files[path].get("size") or place.fs.size(path) or 0
-            self._size_bytes += size
-            self._add(path, size)
-
-    def _add(self, path: str, size: int) -> None:
-        place, first_bytes = self._place, min(size, FIRST_BYTES)
-        first = place.read(path, 0, first_bytes) if size else b""
-        begin = end = 8 + int.from_bytes(first[:8], "little")
-        try:
-            # A length beyond the file leaves no JSON.
-            text = first[8:begin] + (place.read(path, first_bytes, begin) if first_bytes < begin <= size else b"")
-            for name, entry in json.loads(text).items():
-                if name != "__metadata__":
-                    self.dtypes[name], self.shapes[name] = entry["dtype"], tuple(entry["shape"])
-                    start, stop = (begin + offset for offset in entry["data_offsets"])
-                    self._spans[name], end = (path, start, stop), max(end, stop)
-            if end != size:
-                raise ValueError(f"it has {size:,} bytes, its header promises {end:,}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{place.at(path)} is truncated or damaged ({error!r}); copy it again or leave this step out"
-            ) from None
-
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
+    def read(self, rows: slice | None = None) -> Tensor:
         """One request for the bytes of the tensor or of these rows; raises ``CheckpointError`` when there is no answer."""
-        (path, start, stop), shape, place = self._spans[name], self.shapes[name], self._place
+        shape, start, stop = self.shape, self.start, self.stop
         if rows is not None:
             first, last, _ = rows.indices(shape[0])
             row_bytes = (stop - start) // max(shape[0], 1)
             shape = (max(last - first, 0), *shape[1:])
             start, stop = start + first * row_bytes, start + (first + shape[0]) * row_bytes
-        found = _answered(place.at(path), lambda: place.read(path, start, stop)) if start < stop else b""
+        address = self.place.at(self.path)
+        found = _answered(address, lambda: self.place.read(self.path, start, stop)) if start < stop else b""
         # As a file of this one tensor the library reads it, whatever its dtype.
-        entry = {"dtype": self.dtypes[name], "shape": shape, "data_offsets": [0, len(found)]}
-        header = json.dumps({name: entry}).encode()
+        entry = {"dtype": self.dtype, "shape": shape, "data_offsets": [0, len(found)]}
+        header = json.dumps({self.name: entry}).encode()
         try:
-            return load(len(header).to_bytes(8, "little") + header + found)[name]
+            return load(len(header).to_bytes(8, "little") + header + found)[self.name]
         except (SafetensorError, KeyError) as error:
             raise CheckpointError(
-                f"{name} of {place.at(path)} cannot be read as {entry} ({error!r}); dequantise it, or copy it again"
+                f"{self.name} of {address} cannot be read as {entry} ({error!r}); dequantise it, or copy it again"
             ) from None
 
-    def size_bytes(self) -> int:
-        """Bytes of the weight files."""
-        return self._size_bytes
+
+def _remote_files(place: _Place, paths: Iterable[str], files: Mapping[str, Any]) -> TensorSource:
+    """Tensors of safetensors files, from their headers; ``files`` is what the driver says of each. Raises ``CheckpointError``."""
+    tensors: dict[str, _Span] = {}
+    total_bytes = 0
+    for path in paths:
+        if path not in files:
+            there = ", ".join(sorted(place.at(file) for file in files)[:8]) or "nothing"
+            raise CheckpointError(
+                f"{place.at(path)} does not exist; found: {there}; "
+                "if it is pickled (.pt, .bin, .distcp), copy that step here first"
+            )
+        # A web server's list has no sizes.
+        size_bytes = files[path].get("size") or place.fs.size(path) or 0
+        total_bytes += size_bytes
+        tensors |= {span.name: span for span in _spans(place, path, size_bytes)}
+    return TensorSource(tensors, total_bytes, is_local=False)
 
 
-def open_remote_run(location: str, step_of_name: StepOfName, parents: Sequence[str] = (".",)) -> RemoteRun:
-    """Open every complete checkpoint at an address; ``step_of_name`` gives the step that a folder or revision names, if it does.
+def _spans(place: _Place, path: str, size: int) -> list[_Span]:
+    """What the header of one file says, which must promise as many bytes as the file has."""
+    first_bytes = min(size, FIRST_BYTES)
+    first = place.read(path, 0, first_bytes) if size else b""
+    begin = end = 8 + int.from_bytes(first[:8], "little")
+    spans: list[_Span] = []
+    try:
+        # A length beyond the file leaves no JSON.
+        text = first[8:begin] + (place.read(path, first_bytes, begin) if first_bytes < begin <= size else b"")
+        for name, entry in json.loads(text).items():
+            if name != "__metadata__":
+                start, stop = (begin + offset for offset in entry["data_offsets"])
+                spans.append(_Span(place, path, name, tuple(entry["shape"]), entry["dtype"], start, stop))
+                end = max(end, stop)
+        if end != size:
+            raise ValueError(f"it has {size:,} bytes, its header promises {end:,}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{place.at(path)} is truncated or damaged ({error!r}); copy it again or leave this step out"
+        ) from None
+    return spans
 
-    Step folders are looked for in each of ``parents``, and the first that holds some wins; without any, the address is itself
-    one checkpoint. Incomplete steps are skipped and told. Raises ``CheckpointError`` when no step is complete, two kinds are
-    mixed or there is no answer (no step is skipped for that); ``InputError`` for no address, or a driver that is not installed.
+
+def open_remote(
+    location: str, step_of_name: StepOfName, parents: Sequence[str]
+) -> tuple[dict[int, Checkpoint], dict[str, str]]:
+    """Every complete checkpoint at an address by its step, and what was skipped and why.
+
+    ``step_of_name`` gives the step that a folder or revision names, if it does. Step folders are looked for in each of
+    ``parents``, and the first that holds some wins; without any, the address is itself one checkpoint. Raises
+    ``CheckpointError`` when there is no answer (no step is skipped for that); ``InputError`` for no address, or a driver that
+    is not installed.
     """
     places = _answered(location, lambda: _places(location.rstrip("/"), step_of_name, parents))
     with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -202,13 +203,7 @@ def open_remote_run(location: str, step_of_name: StepOfName, parents: Sequence[s
             skipped[name] = f"step {step} is here twice, {found[step].directory} was taken"
         else:
             found[step] = checkpoint
-    kinds = sorted({"peft" if isinstance(checkpoint, AdapterCheckpoint) else "hf" for checkpoint in found.values()})
-    if len(kinds) > 1:
-        raise CheckpointError(f"{location} mixes {' and '.join(kinds)} checkpoints; keep one kind in one place")
-    if not kinds:
-        reasons = "".join(f"\n  {name}: {why}" for name, why in skipped.items())
-        raise CheckpointError(f"no complete checkpoint in {location}; needed folders or tags such as step_20{reasons}")
-    return RemoteRun(location, found, skipped, kinds[0])
+    return found, skipped
 
 
 def _places(location: str, step_of_name: StepOfName, parents: Sequence[str]) -> list[_Place]:
@@ -268,9 +263,9 @@ def _open(place: _Place) -> Checkpoint:
     folder, _, name = mark.rpartition("/")
     single = adapter.WEIGHTS if name == adapter.CONFIG else full.WEIGHTS
     listed = place.json(mark).get("weight_map", {}) if name == full.INDEX else {}
-    source = RemoteSafetensors(place, sorted({f"{folder}/{shard}" for shard in listed.values() or [single]}), files)
-    if lost := sorted(listed.keys() - source.shapes.keys()):
-        raise CheckpointError(f"{place.at(mark)} lists {', '.join(lost[:8])}, which its files lack; copy it again")
+    source = _remote_files(place, sorted({f"{folder}/{shard}" for shard in listed.values() or [single]}), files)
+    if name == full.INDEX:
+        require_listed(place.at(mark), listed, source)
     label = RemotePath(place.at(folder))
     if name == adapter.CONFIG:
         return AdapterCheckpoint(label, config=place.json(mark), source=source)

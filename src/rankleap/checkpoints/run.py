@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rankleap.checkpoints.adapter import AdapterCheckpoint
 from rankleap.checkpoints.full import FullCheckpoint
 from rankleap.checkpoints.layouts import LAYOUTS, Checkpoint, Layout, layout_of
-from rankleap.checkpoints.remote import RemotePath, open_remote_run
+from rankleap.checkpoints.remote import RemotePath, open_remote
 from rankleap.errors import BaseMismatchError, CheckpointError, InputError, UnknownNameError
 from rankleap.files import read_json
 
@@ -100,11 +100,16 @@ class Run:
     """The complete checkpoints of one run in the order of their steps, and what was skipped and why."""
 
     directory: Path
-    layout: Layout
+    layouts: dict[str, Layout]
     checkpoints: dict[int, Checkpoint]
     directories: dict[int, Path]
     """Step directories; a checkpoint's own directory may lie inside, such as verl's ``actor``."""
     skipped: dict[str, str]
+
+    @property
+    def layout(self) -> Layout:
+        """The one layout that all of them have."""
+        return next(iter(self.layouts.values()))
 
     @property
     def steps(self) -> list[int]:
@@ -134,10 +139,27 @@ def open_run(location: Path | str, trust_pickle: bool = False) -> Run:
     fetched. ``trust_pickle`` lets pickled checkpoints name any global, so that opening them may run any code.
     """
     location = str(location).removeprefix("file://")
-    if "://" in location:
-        remote = open_remote_run(location, step_in_name, PARENTS)
-        return Run(RemotePath(remote.location), LAYOUTS[remote.layout_key], remote.checkpoints, {}, remote.skipped)
-    directory = Path(location)
+    run = _open_remote(location) if "://" in location else _open_local(Path(location), trust_pickle)
+    where, steps = run.directory, run.checkpoints
+    if not steps:
+        reasons = "".join(f"\n  {name}: {why}" for name, why in run.skipped.items())
+        raise CheckpointError(
+            f"no complete checkpoint in {where}; needed folders or tags such as checkpoint-20{reasons}"
+        )
+    if len(run.layouts) > 1:
+        raise CheckpointError(
+            f"{where} mixes {' and '.join(sorted(run.layouts))} checkpoints; keep one kind in one place"
+        )
+    return run
+
+
+def _open_remote(location: str) -> Run:
+    found, skipped = open_remote(location, step_in_name, PARENTS)
+    layouts = [LAYOUTS["peft" if isinstance(one, AdapterCheckpoint) else "hf"] for one in found.values()]
+    return Run(RemotePath(location), {layout.name: layout for layout in layouts}, found, {}, skipped)
+
+
+def _open_local(directory: Path, trust_pickle: bool) -> Run:
     try:
         if not directory.is_dir():
             raise CheckpointError(
@@ -146,29 +168,21 @@ def open_run(location: Path | str, trust_pickle: bool = False) -> Run:
         parent, named, skipped = _step_directories(directory)
     except PermissionError as error:
         raise CheckpointError(f"{error.filename} may not be read by this user; change its permissions") from None
-    found: dict[int, Checkpoint] = {}
-    directories: dict[int, Path] = {}
-    layouts: dict[str, Layout] = {}
-    marks = _marks(parent, named)
+    run, marks = Run(directory, {}, {}, {}, skipped), _marks(parent, named)
     # By number, then by name: of two directories of one step always the same one wins.
     for path, number in sorted(named, key=lambda item: (item[1], item[0].name)):
         try:
-            step = _checked_step(path, number, directories, marks)
+            step = _checked_step(path, number, run.directories, marks)
             layout, place = layout_of(path)
             # Opening reads headers only, yet a truncated file shows here and not halfway through the work.
-            found[step] = layout.open(place, trust_pickle)
-            layouts[layout.name], directories[step] = layout, path
+            run.checkpoints[step] = layout.open(place, trust_pickle)
+            run.layouts[layout.name], run.directories[step] = layout, path
         # Skipped and told, so that a run can be read while its newest step is being written.
         except InputError as error:
             skipped[path.name] = str(error)
         except PermissionError as error:
             skipped[path.name] = f"{error.filename} may not be read by this user; change its permissions"
-    if not found:
-        reasons = "".join(f"\n  {name}: {why}" for name, why in skipped.items())
-        raise CheckpointError(f"no complete checkpoint in {parent}; needed folders such as checkpoint-20{reasons}")
-    if len(layouts) > 1:
-        raise CheckpointError(f"{parent} mixes {' and '.join(layouts)} checkpoints; keep one kind in one directory")
-    return Run(directory, next(iter(layouts.values())), found, directories, skipped)
+    return run
 
 
 def step_in_name(name: str) -> int | None:

@@ -3,85 +3,81 @@
 A layout says which source a directory is; ``FullCheckpoint`` and ``AdapterCheckpoint`` say what its tensors mean.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rankleap.errors import CheckpointError
+from rankleap.files import read_json
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 """Safetensors' names of the precisions that hold weights as they are."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class TensorSource(ABC):
-    """Tensors by name; ``dtypes`` are safetensors' names (``F32``, ``BF16``, …)."""
+class Stored(Protocol):
+    """One tensor where it lies, in whatever format: its precision is torch's, or safetensors' name of it."""
 
-    shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, str]
-    is_local = True
-    """Whether reading again costs little more than memory does."""
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sides of the whole tensor."""
+        ...
 
-    @abstractmethod
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """One tensor as it is stored, or only some rows (of the first dimension); step 1."""
+    @property
+    def dtype(self) -> torch.dtype | str:
+        """Precision in the file."""
+        ...
 
-    @abstractmethod
-    def size_bytes(self) -> int:
-        """Bytes of the files that hold the tensors."""
+    def read(self, rows: slice | None = None) -> Tensor:
+        """The tensor as it is stored, or only some rows (of the first dimension); step 1."""
+        ...
 
 
-class SafetensorsSource(TensorSource):
-    """Tensors of one or more safetensors files."""
+class TensorSource:
+    """Tensors by name; ``dtypes`` are safetensors' names (``F32``, ``BF16``, …), and torch's own of other precisions."""
 
-    def __init__(self, files: Mapping[Path, Sequence[str]]) -> None:
-        """Read the headers of files and check the names that an index lists for each; raises ``CheckpointError``."""
-        self.shapes, self.dtypes = {}, {}
-        self._files: dict[str, Path] = {}
-        for path, listed in files.items():
-            with open_safetensors(path) as opened:
-                for name in opened.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                    header = opened.get_slice(name)
-                    self.shapes[name] = tuple(header.get_shape())
-                    self.dtypes[name] = header.get_dtype()
-                    self._files[name] = path
-            if lost := [name for name in listed if name not in self.shapes]:
-                raise CheckpointError(
-                    f"{path} lacks {', '.join(lost[:8])}, which the index says it holds; copy it again"
-                )
+    def __init__(self, tensors: Mapping[str, Stored], size_bytes: int, is_local: bool = True) -> None:
+        """``size_bytes``: of the files that hold them; ``is_local``: whether reading again costs little more than memory."""
+        self.tensors, self.size_bytes, self.is_local = tensors, size_bytes, is_local
+        self.shapes = {name: stored.shape for name, stored in tensors.items()}
+        dtypes = {name: stored.dtype for name, stored in tensors.items()}
+        self.dtypes = {n: d if isinstance(d, str) else DTYPE_NAMES.get(d, str(d)) for n, d in dtypes.items()}
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """One tensor as it is stored, or only some rows."""
+        return self.tensors[name].read(rows)
+
+    def renamed(self, old_names: Mapping[str, str]) -> "TensorSource":
+        """Some of the tensors: the name that each has here by its new one."""
+        return TensorSource({new: self.tensors[old] for new, old in old_names.items()}, self.size_bytes, self.is_local)
+
+
+class _InSafetensors(NamedTuple):
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def read(self, rows: slice | None = None) -> Tensor:
         """A view of the memory-mapped file, which lives as long as the tensor does."""
         # Opened for each read: handles that stay open would be one for each shard of each step.
-        with open_safetensors(self._files[name]) as file:
-            return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
-
-    def size_bytes(self) -> int:
-        """Bytes of the weight files."""
-        return sum(path.stat().st_size for path in set(self._files.values()))
+        with open_safetensors(self.path) as file:
+            return file.get_tensor(self.name) if rows is None else file.get_slice(self.name)[rows]
 
 
-class Renamed(TensorSource):
-    """Some tensors of another source under the names that the model itself gives them."""
-
-    def __init__(self, source: TensorSource, old_names: Mapping[str, str]) -> None:
-        """``old_names`` maps a new name to the source's own; what is not in it is left out."""
-        self.shapes = {new: source.shapes[old] for new, old in old_names.items()}
-        self.dtypes = {new: source.dtypes[old] for new, old in old_names.items()}
-        self._source, self._old_names, self.is_local = source, dict(old_names), source.is_local
-
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """The source's tensor."""
-        return self._source.read(self._old_names[name], rows)
-
-    def size_bytes(self) -> int:
-        """Bytes of the source's files."""
-        return self._source.size_bytes()
+def safetensors_files(paths: Sequence[Path]) -> TensorSource:
+    """Tensors of safetensors files, from their headers; raises ``CheckpointError`` for a missing or damaged one."""
+    tensors: dict[str, Stored] = {}
+    for path in paths:
+        with open_safetensors(path) as opened:
+            for name in opened.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                header = opened.get_slice(name)
+                tensors[name] = _InSafetensors(path, name, tuple(header.get_shape()), header.get_dtype())
+    return TensorSource(tensors, sum(path.stat().st_size for path in paths))
 
 
 def without_tied_head(source: TensorSource) -> TensorSource:
@@ -97,7 +93,7 @@ def without_tied_head(source: TensorSource) -> TensorSource:
         for name in source.shapes.keys() - heads
         if source.shapes[name] == source.shapes[head] and torch.equal(source.read(name, rows), source.read(head, rows))
     }
-    return Renamed(source, {name: name for name in source.shapes if name not in repeated}) if repeated else source
+    return source.renamed({name: name for name in source.shapes if name not in repeated})
 
 
 def open_safetensors(path: Path) -> Any:
@@ -113,3 +109,33 @@ def open_safetensors(path: Path) -> Any:
         raise CheckpointError(
             f"{path} is truncated or damaged ({error}); copy it again or leave this step out"
         ) from None
+
+
+def files_of(directory: Path, single: str, index: str, read: Callable[[Sequence[Path]], TensorSource]) -> TensorSource:
+    """The tensors of one file, or of the shards that an index lists; raises ``CheckpointError`` if neither is there whole."""
+    # The single file first, as Transformers does: saving one over shards leaves their index behind.
+    if (directory / single).exists():
+        return read([directory / single])
+    if not (directory / index).exists():
+        found = (
+            ", ".join(sorted(p.name for p in directory.iterdir())[:8]) if directory.is_dir() else "no such directory"
+        )
+        raise CheckpointError(f"{directory} needs {single} or {index}; found: {found or 'nothing'}")
+    shard_of: dict[str, str] = read_json(directory / index).get("weight_map", {})
+    source = read([directory / shard for shard in sorted(set(shard_of.values()))])
+    config = directory / "config.json"
+    tied = config.exists() and read_json(config).get("tie_word_embeddings")
+    require_listed(directory / index, shard_of, source, tied)
+    return source
+
+
+def require_listed(index: object, shard_of: Mapping[str, str], source: TensorSource, tied: bool = False) -> None:
+    """Raise ``CheckpointError`` for an index that lists nothing, or tensors that its shards lack."""
+    if not shard_of:
+        raise CheckpointError(f"{index} lists no tensors; copy it again or leave this step out")
+    # torchtune's index repeats names of the base that its files rightly leave out.
+    spare = {name for name in shard_of if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")}
+    if lost := sorted(shard_of.keys() - source.shapes.keys() - spare):
+        raise CheckpointError(
+            f"{index} lists {', '.join(lost[:8])}, which {shard_of[lost[0]]} should hold and lacks; copy them again"
+        )

@@ -7,14 +7,15 @@ of every model, Qwen's too, and DoRA's magnitudes of none. Queries and keys are 
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rankleap.checkpoints import adapter
 from rankleap.checkpoints.adapter import AdapterCheckpoint
-from rankleap.checkpoints.pickled import TorchFilesSource
-from rankleap.checkpoints.source import TensorSource
+from rankleap.checkpoints.pickled import torch_files
+from rankleap.checkpoints.source import Stored, TensorSource
 from rankleap.errors import CheckpointError
 from rankleap.files import read_json
 
@@ -26,34 +27,36 @@ _TURNED = re.compile(rf".*\.(layers\.\d+)\.self_attn\.([qk])_proj\.(lora_B\.weig
 _OWN_PARTS = {"lora_B.weight": "lora_b.weight", _MAGNITUDE: "magnitude"}
 
 
-class _Turned(TensorSource):
-    """An adapter in PEFT's form, with some tensors from torchtune's file, their rows in Transformers' order."""
+class _Turned(NamedTuple):
+    own: Stored
+    order: Tensor
 
-    def __init__(self, copy: TensorSource, directory: Path, trust_pickle: bool) -> None:
-        self.shapes, self.dtypes = copy.shapes, copy.dtypes
-        self._copy, self._own = copy, TorchFilesSource([directory / OWN], trust_pickle)
-        self._names: dict[str, str] = {}
-        self._order: dict[str, Tensor] = {}
-        for key, shape in copy.shapes.items():
-            if match := _TURNED.fullmatch(key):
-                layer, side, part = match.groups()
-                self._names[key] = name = f"{layer}.attn.{side}_proj.{_OWN_PARTS[part]}"
-                self._order[key] = _order(directory, side, shape[0])
-                if self._own.shapes.get(name) != shape:
-                    found = self._own.shapes.get(name, "none")
-                    raise CheckpointError(
-                        f"{directory / OWN} needs {name} of {shape}, found {found}; leave this step out"
-                    )
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As torchtune's."""
+        return self.own.shape
 
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
+    @property
+    def dtype(self) -> torch.dtype | str:
+        """As torchtune's."""
+        return self.own.dtype
+
+    def read(self, rows: slice | None = None) -> Tensor:
         """The tensor as Transformers orders its rows."""
-        if name not in self._names:
-            return self._copy.read(name, rows)
-        return self._own.read(self._names[name])[self._order[name][rows or slice(None)]]
+        return self.own.read()[self.order[rows or slice(None)]]
 
-    def size_bytes(self) -> int:
-        """Bytes of the copy for PEFT, which holds the whole adapter."""
-        return self._copy.size_bytes()
+
+def _turned(copy: TensorSource, directory: Path, trust_pickle: bool) -> TensorSource:
+    """An adapter in PEFT's form, with some tensors from torchtune's file, their rows in Transformers' order."""
+    own, turned = torch_files([directory / OWN], trust_pickle), dict(copy.tensors)
+    for match in filter(None, map(_TURNED.fullmatch, copy.shapes)):
+        layer, side, part = match.groups()
+        name, shape = f"{layer}.attn.{side}_proj.{_OWN_PARTS[part]}", copy.shapes[match[0]]
+        if own.shapes.get(name) != shape:
+            found = own.shapes.get(name, "none")
+            raise CheckpointError(f"{directory / OWN} needs {name} of {shape}, found {found}; leave this step out")
+        turned[match[0]] = _Turned(own.tensors[name], _order(directory, side, shape[0]))
+    return TensorSource(turned, copy.size_bytes)
 
 
 def _order(directory: Path, side: str, rows: int) -> Tensor:
@@ -80,4 +83,4 @@ def open_checkpoint(directory: Path, trust_pickle: bool = False) -> AdapterCheck
     copy = AdapterCheckpoint(directory, trust_pickle=trust_pickle)
     # torchtune does not say that it is DoRA.
     config = copy.config | {"use_dora": any(key.endswith(_MAGNITUDE) for key in copy.source.shapes)}
-    return AdapterCheckpoint(directory, config=config, source=_Turned(copy.source, directory, trust_pickle))
+    return AdapterCheckpoint(directory, config=config, source=_turned(copy.source, directory, trust_pickle))

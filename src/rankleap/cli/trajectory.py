@@ -150,7 +150,7 @@ def watch(
     as_json: Json = False,
 ) -> None:
     """Record the factors of each new complete checkpoint as it appears; a crash in between loses nothing."""
-    from rankleap.trajectory.watch import Watch, sweep
+    from rankleap.trajectory.record import Watch, sweep
 
     settings = Watch(
         directory,

@@ -3,8 +3,13 @@
 Matrices are kept as triplets with their residuals, angles and norms, fused experts each on its own, vectors as they are;
 exactly zero tensors are left out. Each matrix starts from the directions of the step before, which saves most of the work.
 The step's file is written before the index names it, so a kill in between loses nothing and shows nothing half-written.
+
+A run that another trainer is writing can be followed: a checkpoint is released in two moves, a rename and a removal, after its
+factors are on disk and can be read. The trainer never sees half of one, and a crash leaves the checkpoint, the factors or both.
 """
 
+import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +19,21 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rankleap.checkpoints import Checkpoint, Delta, DeltaRows, FullCheckpoint, LowRank, Run, base_of, dense, is_zero
+from rankleap.checkpoints import (
+    Checkpoint,
+    Delta,
+    DeltaRows,
+    FullCheckpoint,
+    LowRank,
+    Run,
+    base_of,
+    dense,
+    is_zero,
+    open_run,
+)
 from rankleap.checkpoints.source import open_safetensors
 from rankleap.cluster import map_over
-from rankleap.errors import DiskSpaceError, TrajectoryError
+from rankleap.errors import CheckpointError, DiskSpaceError, TrajectoryError
 from rankleap.files import read_json, require_space, write_aside, write_json
 from rankleap.lowrank import Factors, Workspace, factorise, factorise_experts
 from rankleap.lowrank.factors import SEPARATED
@@ -257,3 +273,82 @@ def _stacked(name: str, experts: Sequence[Factors]) -> dict[str, Tensor]:
         bounds = pad(factors.residual_R, (0, spare)), pad(factors.angle_R, (0, spare))
         padded.append(_named(name, Factors(*sides, *bounds, factors.norm, factors.nuclear)))
     return {key: torch.stack([parts[key] for parts in padded]) for key in padded[0]}
+
+
+RELEASED = ".released"
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """What is followed and how: see ``rankleap watch --help``."""
+
+    directory: Path
+    out: Path
+    base: str | None
+    rank: int
+    settle_s: float
+    keep: int | None
+    """How many of the newest checkpoints stay; ``None``: all of them."""
+    trust_pickle: bool = False
+    workers: int = 1
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What one look at the run did."""
+
+    recorded: list[int]
+    released: list[int]
+    waiting: dict[str, str]
+    steps: list[int]
+    """Every step that is recorded by now."""
+
+
+def sweep(watch: Watch) -> Sweep:
+    """Record what is new and complete, release what may go; a run that has nothing complete yet is waited for."""
+    _remove_released(watch.directory)
+    try:
+        run = open_run(watch.directory, watch.trust_pickle)
+    except CheckpointError as error:
+        return Sweep([], [], {str(watch.directory): str(error)}, [])
+    recording, path = recording_of(run, watch.base, watch.out, watch.rank)
+    waiting = dict(run.skipped)
+    recorded: list[int] = []
+    for step in sorted(set(path.steps) - set(recording.steps())):
+        if (age_s := _age_s(run.directories[step])) < watch.settle_s:
+            waiting[run.directories[step].name] = f"changed {age_s:.0f} s ago, needed {watch.settle_s:.0f} s of rest"
+            continue
+        record_step(recording, path, step, watch.workers, device=watch.device)
+        recorded.append(step)
+    return Sweep(recorded, _release(run, recording, watch), waiting, recording.steps())
+
+
+def _age_s(directory: Path) -> float:
+    """Seconds since anything in a directory changed."""
+    return time.time() - max(path.stat().st_mtime for path in (directory, *directory.rglob("*")))
+
+
+def _release(run: Run, recording: Recording, watch: Watch) -> list[int]:
+    """Remove the checkpoints whose factors are recorded, but for the newest ones: a trainer resumes from them."""
+    if watch.keep is None:
+        return []
+    recorded = set(recording.steps())
+    older = [step for step in run.steps[: len(run.steps) - watch.keep] if step in recorded]
+    released: list[int] = []
+    for step in older:
+        directory = run.directories[step]
+        if _age_s(directory) < watch.settle_s:
+            continue
+        require_recorded(recording, step)
+        aside = directory.with_name(f".{directory.name}{RELEASED}")
+        directory.rename(aside)
+        shutil.rmtree(aside)
+        released.append(step)
+    return released
+
+
+def _remove_released(directory: Path) -> None:
+    """Finish what a crash in the middle of a removal left."""
+    for aside in directory.glob(f"**/.*{RELEASED}"):
+        shutil.rmtree(aside)
