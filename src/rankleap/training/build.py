@@ -138,8 +138,9 @@ def build(recipe: Recipe, out: Path, rewards: Rewards | None = None) -> Built:
     live = trainer.accelerator.unwrap_model(trainer.model)
     prepare(live, adapter, recipe.algorithm.beta)
     if recipe.rollout.engine != "transformers" and isinstance(live, PeftModel):
-        drift, generation = trainer._metrics["train"][DRIFT], trainer.vllm_generation
-        generation.sync_weights = restored_after(generation.sync_weights, PristineBase(live), drift.append)
+        # Looked up each time, for the trainer empties its metrics after every log.
+        report, generation = lambda drift: trainer._metrics["train"][DRIFT].append(drift), trainer.vllm_generation
+        generation.sync_weights = restored_after(generation.sync_weights, PristineBase(live), report)
     return Built(trainer, pool, targets, require_injected(live, adapter, targets), total)
 
 
