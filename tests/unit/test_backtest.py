@@ -10,7 +10,7 @@ import torch
 from rankleap.checkpoints import Delta, LowRank, dense
 from rankleap.evaluation import Evaluation
 from rankleap.leap import Candidates, Leap, backtest
-from rankleap.predictors import Forecast, Mixture, get_predictor
+from rankleap.predictors import PREDICTORS, Forecast, Mixture, get_predictor
 from rankleap.records import Problem
 from rankleap.trajectory import Trajectory
 
@@ -179,3 +179,27 @@ def test_accuracy_decides_where_it_is_measured_and_is_counted(memory_trajectory:
     # Four origins, each scored once, and two leaps from each.
     assert found.samples_spent == 12 * 10
     assert sorted(asked[12:])[:4] == [("hold", s, 1.0) for s in (20, 30, 40, 50)]
+
+
+@pytest.mark.parametrize("method", PREDICTORS)
+@pytest.mark.parametrize("kind", ["noise round the base", "walk"])
+def test_no_method_passes_chance_for_a_forecast(memory_trajectory: Any, method: str, kind: str) -> None:
+    trajectory = memory_trajectory(STEPS, path_of(kind, seed=1))
+    scores = {step: 0.2 + 0.004 * step for step in STEPS}
+    found = backtest(trajectory, Candidates((method,), (None,), (0.5, 1.0), scores=scores))
+    # What stands at no step ahead is no forecast: off a walk it is the gate's to judge.
+    assert all(skill.reason or (kind == "walk" and skill.denoises) for skill in found.skills)
+    if kind != "walk":
+        assert str(found.refusal).startswith("do not leap: the best of 2, ")
+
+
+@pytest.mark.parametrize("method", [m for m, row in PREDICTORS.items() if row.continues != "nothing"])
+def test_a_straight_path_in_some_noise_passes_for_every_linear_method(memory_trajectory: Any, method: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    drift = torch.outer(*torch.randn(2, SIDE, generator=generator))
+    path = [step * drift + torch.randn(SIDE, SIDE, generator=generator) for step in STEPS]
+    trajectory = memory_trajectory(STEPS, {"w": path})
+    scores = {step: 0.2 + 0.004 * step for step in STEPS}
+    found = backtest(trajectory, Candidates((method,), (None,), (1.0,), scores=scores))
+    assert found.refusal is None
+    assert found.skills[0].against["base"] > 0.9
