@@ -203,3 +203,12 @@ def test_a_straight_path_in_some_noise_passes_for_every_linear_method(memory_tra
     found = backtest(trajectory, Candidates((method,), (None,), (1.0,), scores=scores))
     assert found.refusal is None
     assert found.skills[0].against["base"] > 0.9
+
+
+def test_a_forecast_that_only_betters_its_own_denoising_is_refused(memory_trajectory: Any) -> None:
+    direction = draws(0)[0]
+    trajectory = memory_trajectory(STEPS, {"w": [3.0**t * direction for t in range(len(STEPS))]})
+    # A line through what accelerates is behind the last checkpoint even one step later.
+    (skill,) = backtest(trajectory, Candidates(("relex",), (None,), (1.0,), target=110)).skills
+    assert min(skill.against["own denoising"], skill.against["base"]) > 0 > skill.against["hold"]
+    assert skill.reason.startswith("no nearer to what came than standing still (")

@@ -135,3 +135,34 @@ def test_a_mixture_of_products_has_the_rank_of_its_terms(memory_trajectory: Any)
     delta = get_predictor("weight-linear", 3).fit(path).delta("w")
     assert isinstance(delta, LowRank)
     assert delta.left_MR.shape[1] == 3 * 2
+
+
+def test_ema_halves_the_weight_of_a_checkpoint_every_half_life_back() -> None:
+    path = noisy(0)
+    forecast = get_predictor("ema").fit(path)
+    assert isinstance(forecast, Mixture)
+    # By default a quarter of the window's 90 steps.
+    weight_T = torch.tensor([2 ** -((100 - step) / 22.5) for step in STEPS], dtype=torch.float64)
+    torch.testing.assert_close(forecast.weights("w", 500), weight_T / weight_T.sum())
+
+
+def test_relex_shrunk_goes_from_the_last_checkpoint_a_share_of_the_way_to_relex() -> None:
+    path = noisy(0)
+    shrunk, relex = (get_predictor(name).fit(path) for name in ("relex-shrunk", "relex"))
+    assert shrunk.reach == 100 + 90
+    found, far = dense(shrunk.delta("w", 150, 0.3)), dense(relex.delta("w", 150))
+    torch.testing.assert_close(found, path.path[-1] + 0.3 * (far - path.path[-1]), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("slowest", [0.5, 0.99])
+def test_reduced_rank_finds_where_decays_come_to_rest_but_goes_no_further_than_it_came(
+    memory_trajectory: Any, slowest: float
+) -> None:
+    rest, fast, slow = torch.randn(3, 6, 5, generator=torch.Generator().manual_seed(0))
+    path = [rest + 0.2**t * fast + slowest**t * slow for t in range(5)]
+    found = dense(get_predictor("reduced-rank").fit(memory_trajectory((1, 2, 3, 4, 5), {"w": path})).delta("w"))
+    moved = float((path[-1] - path[0]).norm())
+    if slowest == 0.5:
+        torch.testing.assert_close(found, rest, atol=1e-2, rtol=0)
+    else:
+        assert float((found - path[-1]).norm()) == pytest.approx(moved, rel=1e-4)
