@@ -9,6 +9,7 @@ lasts until the next one begins, so each includes what is saved, logged, graded 
 
 The overhead is the ratio of the sums over all steps, minus 1, with a 95 % interval from resampling pairs of steps; ``typical`` is
 the median over pairs, which leaves the saves out. ``cpu`` is the process's own time, without the grader's process.
+``control`` is the bare script against itself: what the measurement adds of its own.
 """
 
 import argparse
@@ -70,6 +71,10 @@ class Clock(TrainerCallback):
     def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
         """Keep the loss of a step."""
         self.losses += [logs["loss"]] if "loss" in logs else []
+
+
+Script = Callable[[str, int, Path, Clock], None]
+"""Trains a method for so many steps in a directory, telling the clock of each."""
 
 
 def recipe(method: str, steps: int) -> Recipe:
@@ -156,12 +161,12 @@ def require_same_settings(method: str, steps: int, out: Path) -> None:
         raise SystemExit(f"bare script and train differ: {differ}")
 
 
-def in_turn(method: str, steps: int) -> dict[str, Clock]:
+def in_turn(method: str, steps: int, second: Script) -> dict[str, Clock]:
     """Run both, a step of each in turn."""
     turns = Semaphore(1), Semaphore(0)
-    clocks = {"bare": Clock(turns[0], turns[1]), "ours": Clock(turns[1], turns[0])}
+    clocks = {"bare": Clock(turns[0], turns[1]), "second": Clock(turns[1], turns[0])}
 
-    def run(what: Callable[[str, int, Path, Clock], None], clock: Clock) -> None:
+    def run(what: Script, clock: Clock) -> None:
         with tempfile.TemporaryDirectory() as directory:
             clock.mine.acquire()
             try:
@@ -172,20 +177,20 @@ def in_turn(method: str, steps: int) -> dict[str, Clock]:
                 clock.other.release(steps)
 
     with ThreadPoolExecutor(2) as threads:
-        both = [threads.submit(run, bare, clocks["bare"]), threads.submit(run, ours, clocks["ours"])]
+        both = [threads.submit(run, bare, clocks["bare"]), threads.submit(run, second, clocks["second"])]
     for one in both:
         one.result()
-    if clocks["bare"].losses != clocks["ours"].losses:
+    if clocks["bare"].losses != clocks["second"].losses:
         raise SystemExit(f"{method}: the losses of the two differ")
     return clocks
 
 
-def measured(method: str, steps: int) -> dict[str, Any]:
-    """Milliseconds of a bare step, and the overhead by both clocks."""
-    clocks = in_turn(method, steps)
+def measured(method: str, steps: int, second: Script) -> dict[str, Any]:
+    """Milliseconds of a bare step, and what ``second`` adds to it by both clocks."""
+    clocks = in_turn(method, steps, second)
     found: dict[str, Any] = {"bare_step_ms": 1000 * statistics.fmean(clocks["bare"].wall_s[WARM_UP:])}
     for kind in ("wall", "cpu"):
-        own, theirs = (getattr(clocks[name], f"{kind}_s")[WARM_UP:] for name in ("ours", "bare"))
+        own, theirs = (getattr(clocks[name], f"{kind}_s")[WARM_UP:] for name in ("second", "bare"))
         found[kind] = spread(list(zip(own, theirs, strict=True)), lambda p: sum(a for a, _ in p) / sum(b for _, b in p))
         found[f"typical_{kind}"] = spread([(a / b, 0.0) for a, b in zip(own, theirs, strict=True)], middle)
     return found
@@ -211,7 +216,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=101)
     parser.add_argument("--out", type=Path, default=Path("runs/overhead.json"))
     asked = parser.parse_args()
-    results = {method: measured(method, asked.steps) for method in RATES}
+    results = {method: measured(method, asked.steps, ours) for method in RATES}
+    results |= {f"{method} control": measured(method, asked.steps, bare) for method in RATES}
     for method, found in results.items():
         for kind, s in ((k, v) for k, v in found.items() if isinstance(v, dict)):
             print(f"{method} {kind}: {s['overhead']:+.2%} ({s['low']:+.2%} to {s['high']:+.2%})")
