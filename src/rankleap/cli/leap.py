@@ -165,15 +165,15 @@ def _show(tested: "BackTest", decision: "Decision | None", written: Path | None,
             "window": skill.window,
             "coefficient": skill.coefficient,
             **{f"over {rival}": f"{skill.against[rival]:+.2f}" if rival in skill.against else "" for rival in _RIVALS},
-            "verdict": skill.reason
-            or ("only denoises" if skill.denoises else "" if skill.against else "too few to test"),
+            # The reason of the best alone is told, below: a sentence in each row would fill the screen.
+            "verdict": "no"
+            if skill.reason
+            else ("only denoises" if skill.denoises else "yes" if skill.against else "too few to test"),
         }
         for skill in tested.skills
     ]
     if rows:
-        show_table(
-            "back-test: skill in weights on the run's own past; 1 exact, 0 no better", rows, note=tested.refusal or ""
-        )
+        show_table("back-test: skill in weights on the run's own past; 1 exact, 0 no better", rows)
     if decision is None:
         print(f"{tested.refusal}. Nothing was written; to see what the gate says all the same: --despite-backtest")
         return
