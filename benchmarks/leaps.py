@@ -4,7 +4,7 @@
     python benchmarks/leaps.py --out runs/leaps --tasks sums --adapters full --seeds 0
 
 1. Re-grounded runs: training with gated leaps, against the plain run at the same rate (its final accuracy is the target), the
-   same run averaged, and a plain run whose rate decays. Both curves are read by the rule of ``rankleap.arena.compare``.
+   same run averaged, and a plain run whose rate decays. Both curves are read by the rule of ``rankleap.arena``.
 2. Single leaps: from step 60 of each plain run every method is chosen on validation and gated, and scored on test beside its
    origin, its forecast of the origin's own step (denoising; what is left is extrapolation) and the plain run that spent the same
    completions on training.
@@ -181,7 +181,7 @@ def _scored(tried: dict[str, Any]) -> float:
 def claims(whole: Trajectory, base: FullCheckpoint, examiner: Examiner) -> dict[str, float]:
     """Accuracy of the base, of the last checkpoint, and of its linear layers' deltas cut down to rank 1."""
     last, generator = whole.steps[-1], torch.Generator().manual_seed(0)
-    layers = [n for n, shape in whole.shapes.items() if len(shape) == 2 and "embed" not in n and "lm_head" not in n]
+    layers = PREDICTORS["alpharl"].matrices(whole)
 
     def with_layers(change: Callable[[Tensor], Tensor]) -> Iterable[tuple[str, Tensor]]:
         for name in base.shapes:
@@ -210,9 +210,7 @@ def claims(whole: Trajectory, base: FullCheckpoint, examiner: Examiner) -> dict[
 
 
 def _weights(trajectory: Trajectory, base: FullCheckpoint, step: int) -> Iterable[tuple[str, Tensor]]:
-    for name in base.shapes:
-        weight = base.weight(name)
-        yield name, weight + dense(trajectory.delta(name, step)) if name in trajectory.shapes else weight
+    return leap_weights(Leap(PREDICTORS["hold"].fit(trajectory.until(step)), 1.0), base)
 
 
 def _mean(examiner: Examiner, weights: Iterable[tuple[str, Tensor]], problems: Sequence[Any], seed: int) -> float:

@@ -14,19 +14,12 @@ from typing import Any
 
 import altair as alt
 import numpy as np
-from scipy.stats import t as student_t
+from steps_saved import interval
 
 from rankleap.files import read_json, write_text
 
 RATES = ("tenth", "third", "tuned")
 DOCS = Path(__file__).parent.parent / "docs"
-
-
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and its 95 % t interval; without an interval for one value."""
-    mean, n = float(np.mean(values)), len(values)
-    half = float(student_t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5) if n > 1 else float("nan")
-    return mean, mean - half, mean + half
 
 
 def shown(values: Iterable[float | None], scale: float = 1.0, digits: int = 2, sign: bool = True) -> str:
@@ -42,10 +35,10 @@ def shown(values: Iterable[float | None], scale: float = 1.0, digits: int = 2, s
     return form.format(mean) + ends + missing
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+def table(rows: Sequence[dict[str, str]]) -> str:
+    """Markdown; the first row's keys head it."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)] if rows else []
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def groups(rows: Sequence[dict[str, Any]], *keys: str) -> dict[tuple[str, ...], list[dict[str, Any]]]:
@@ -58,72 +51,57 @@ def groups(rows: Sequence[dict[str, Any]], *keys: str) -> dict[tuple[str, ...], 
 
 def regrounded(rows: Sequence[dict[str, Any]]) -> str:
     """What leaps during training saved."""
-    head = [
-        "task",
-        "weights",
-        "rate",
-        "seeds",
-        "steps saved",
-        "of the averaged run's",
-        "of the decayed run's",
-        "wall-clock saved",
-    ]
-    head += ["final accuracy over plain's", "worst point against plain's", "steps a point: plain", "with leaps"]
 
-    def cells(found: list[dict[str, Any]]) -> list[str]:
+    def cells(found: list[dict[str, Any]]) -> dict[str, str]:
         def of(key: str) -> list[float | None]:
             return [row[key] for row in found if key in row]
 
         over = [row["final_leap"] - row["final_plain"] for row in found]
-        return [
-            str(len(found)),
-            shown(of("steps_saved")),
-            shown(of("steps_saved_vs_averaged")),
-            shown(of("steps_saved_vs_decayed")),
-            shown(of("wall_saved")),
-            shown(over, digits=3),
-            shown(of("worst_against_plain"), digits=3),
-            shown(of("icer_plain"), sign=False, digits=1),
-            shown(of("icer_leap"), sign=False, digits=1),
-        ]
+        return {
+            "seeds": str(len(found)),
+            "steps saved": shown(of("steps_saved")),
+            "of the averaged run's": shown(of("steps_saved_vs_averaged")),
+            "of the decayed run's": shown(of("steps_saved_vs_decayed")),
+            "wall-clock saved": shown(of("wall_saved")),
+            "final accuracy over plain's": shown(over, digits=3),
+            "worst point against plain's": shown(of("worst_against_plain"), digits=3),
+            "steps a point: plain": shown(of("icer_plain"), sign=False, digits=1),
+            "with leaps": shown(of("icer_leap"), sign=False, digits=1),
+        }
 
-    return table(head, ([*key, *cells(found)] for key, found in groups(rows, "task", "adapter", "rate").items()))
+    return table([arm | cells(found) for arm, found in arms(rows)])
+
+
+def arms(rows: Sequence[dict[str, Any]]) -> list[tuple[dict[str, str], list[dict[str, Any]]]]:
+    """Rows of each task, adapter and rate, with the cells that name them."""
+    grouped = groups(rows, "task", "adapter", "rate").items()
+    return [(dict(zip(("task", "weights", "rate"), key, strict=True)), found) for key, found in grouped]
 
 
 def singles(runs: Sequence[dict[str, Any]]) -> str:
-    """What one leap from step 60 did, by method, over the tasks' and adapters' runs at one rate."""
-    head = [
-        "method",
-        "gain on test",
-        "denoising",
-        "extrapolation",
-        "over plain at the same cost",
-        "passed the gate",
-        "back-test said no",
-    ]
-    head += ["of those passed: gain", "worst"]
+    """What one leap from step 60 did, by method."""
     by_method: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         origin = run["leaps"][0]["test"]
         for row in run["leaps"][1:]:
             by_method.setdefault(row["method"], []).append({**row, "origin": origin, "plain": run["plain"]})
 
-    def cells(found: list[dict[str, Any]]) -> list[str]:
+    def cells(found: list[dict[str, Any]]) -> dict[str, str]:
         done = [row for row in found if "test" in row]
-        gain = [row["test"] - row["origin"] for row in done]
         passed = [row["test"] - row["origin"] for row in done if row["accepted"]]
-        return [
-            shown(gain, digits=3),
-            shown([row["own_step"] - row["origin"] for row in done], digits=3),
-            shown([row["test"] - row["own_step"] for row in done], digits=3),
-            shown([row["test"] - at(row["plain"], 60 + row["spent_steps"]) for row in done], digits=3),
-            f"{len(passed)} of {len(found)}",
-            f"{sum(bool(row['backtest']) for row in done)}",
-            shown(passed, digits=3),
-            f"{min(passed):+.3f}" if passed else "–",
-        ]
+        at_cost = [row["test"] - at(row["plain"], 60 + row["spent_steps"]) for row in done]
+        return {
+            "gain on test": shown([row["test"] - row["origin"] for row in done], digits=3),
+            "denoising": shown([row["own_step"] - row["origin"] for row in done], digits=3),
+            "extrapolation": shown([row["test"] - row["own_step"] for row in done], digits=3),
+            "over plain at the same cost": shown(at_cost, digits=3),
+            "passed the gate": f"{len(passed)} of {len(found)}",
+            "back-test said no": f"{sum(bool(row['backtest']) for row in done)}",
+            "of those passed: gain": shown(passed, digits=3),
+            "worst": f"{min(passed):+.3f}" if passed else "–",
+        }
 
-    return table(head, ([method, *cells(found)] for method, found in by_method.items()))
+    return table([{"method": method} | cells(found) for method, found in by_method.items()])
 
 
 def at(curve: Sequence[dict[str, Any]], step: float) -> float:
@@ -133,48 +111,38 @@ def at(curve: Sequence[dict[str, Any]], step: float) -> float:
 
 def claims(runs: Sequence[dict[str, Any]]) -> str:
     """Share of the plain run's gain that rank 1 keeps."""
-    kinds = ["linear layers", "rank 1", "rank 1, rescaled", "random rank 1"]
     rows = []
-    for key, found in groups(runs, "task", "adapter", "rate").items():
+    for arm, found in arms(runs):
         facts = [run["claims"] for run in found]
-        moved = [one for one in facts if one["last"] - one["base"] > 0.02]
         gain = shown([one["last"] - one["base"] for one in facts], digits=3)
         # A share of next to nothing is no share.
-        kept = [[(one[kind] - one["base"]) / (one["last"] - one["base"]) for one in moved] for kind in kinds]
-        rows.append([*key, gain, *(shown(values) for values in kept)])
-    return table(["task", "weights", "rate", "gain of the run", *kinds], rows)
+        moved = [one for one in facts if one["last"] - one["base"] > 0.02]
+        kept = {
+            kind: shown([(one[kind] - one["base"]) / (one["last"] - one["base"]) for one in moved])
+            for kind in ("linear layers", "rank 1", "rank 1, rescaled", "random rank 1")
+        }
+        rows.append(arm | {"gain of the run": gain} | kept)
+    return table(rows)
 
 
 def linearity(rows: Sequence[dict[str, Any]]) -> str:
     """Medians over matrices and seeds, each beside its nulls' 95 % quantile."""
-    head = [
-        "task",
-        "weights",
-        "rate",
-        "first component's share",
-        "noise",
-        "walk",
-        "R² in sample",
-        "walk",
-        "R² forward",
-        "walk",
-        "permutation",
-    ]
-    wanted = [
-        ("share", "measured"),
-        ("share", "noise"),
-        ("share", "walk"),
-        ("r2_in_sample", "measured"),
-        ("r2_in_sample", "walk"),
-    ]
-    wanted += [("r2_forward", "measured"), ("r2_forward", "walk"), ("r2_forward", "permutation")]
+    beside = {
+        "share": ("first component's share", "noise", "walk"),
+        "r2_in_sample": ("R² in sample", "walk"),
+        "r2_forward": ("R² forward", "walk", "permutation"),
+    }
 
-    def of(found: list[dict[str, Any]], statistic: str, null: str) -> str:
-        values = [row[statistic][null] for row in found if null in row.get(statistic, {})]
-        return f"{median(values):.2f}" if values else "–"
+    def cells(found: list[dict[str, Any]]) -> dict[str, str]:
+        shown_by: dict[str, str] = {}
+        for statistic, (name, *nulls) in beside.items():
+            for null in ("measured", *nulls):
+                values = [row[statistic][null] for row in found if null in row.get(statistic, {})]
+                head = name if null == "measured" else f"{name}: {null}"
+                shown_by[head] = f"{median(values):.2f}" if values else "–"
+        return shown_by
 
-    grouped = groups(rows, "task", "adapter", "rate")
-    return table(head, ([*key, *(of(found, *pair) for pair in wanted)] for key, found in grouped.items()))
+    return table([arm | cells(found) for arm, found in arms(rows)])
 
 
 def figure(curves: Sequence[dict[str, Any]]) -> alt.TopLevelMixin:

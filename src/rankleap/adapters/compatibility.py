@@ -53,8 +53,11 @@ def _launched(**settings: str) -> bool:
 
 def _sharded() -> bool:
     """Whether no process holds whole weights: FSDP of either version, or ZeRO-3."""
-    zero3 = _launched(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="3")
-    return zero3 or _launched(ACCELERATE_USE_FSDP="true")
+    return _zero3() or _launched(ACCELERATE_USE_FSDP="true")
+
+
+def _zero3() -> bool:
+    return _launched(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="3")
 
 
 # VeRA and TinyLoRA fail at the wrapping (accelerate 1.15, torch 2.13), the others would be something else in silence.
@@ -134,8 +137,7 @@ RULES: tuple[Rule, ...] = (
     Rule("warn", "an adapter on ZeRO-3",
          "TRL keeps adapters in bfloat16 there, and in float32 everywhere else: another arm under the same name",
          "launch with recipes/accelerate/zero2.yaml or ddp.yaml",
-         lambda recipe, row: row.peft_class is not None and recipe.model.dtype == "bfloat16"
-         and _launched(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="3")),
+         lambda recipe, row: row.peft_class is not None and recipe.model.dtype == "bfloat16" and _zero3()),
     Rule("warn", "FSDP without a GPU",
          "accelerate shards on devices only, and trains by DDP on a CPU without a word",
          "launch with recipes/accelerate/ddp.yaml",

@@ -152,6 +152,8 @@ def _back_tested(how: str, source: "Source", candidates: "Candidates", trial: "T
 
 
 def _show(tested: "BackTest", decision: "Decision | None", written: Path | None, as_json: bool) -> None:
+    from rankleap.leap.backtest import RIVALS
+
     if as_json:
         facts = {"backtest": {**asdict(tested), "refusal": tested.refusal}, "written": written}
         if decision is not None:
@@ -164,7 +166,7 @@ def _show(tested: "BackTest", decision: "Decision | None", written: Path | None,
             "method": skill.method,
             "window": skill.window,
             "coefficient": skill.coefficient,
-            **{f"over {rival}": f"{skill.against[rival]:+.2f}" if rival in skill.against else "" for rival in _RIVALS},
+            **{f"over {rival}": f"{skill.against[rival]:+.2f}" if rival in skill.against else "" for rival in RIVALS},
             # The reason of the best alone is told, below: a sentence in each row would fill the screen.
             "verdict": "no"
             if skill.reason
@@ -197,9 +199,6 @@ def _show(tested: "BackTest", decision: "Decision | None", written: Path | None,
         {"": "written to", "value": written or "nothing: the last checkpoint stays"},
     ]
     show_table(f"{decision.leap.forecast.method}, coefficient {decision.leap.coefficient}, on the gate half", rows)
-
-
-_RIVALS = ("hold", "base", "repeat-last", "own denoising")
 
 
 def _ambiguous(decision: "Decision") -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from rankleap.checkpoints import FullCheckpoint, base_of, dense, load_weights, open_run, resolve_base
+from rankleap.checkpoints import FullCheckpoint, base_of, load_weights, open_run, resolve_base
 from rankleap.errors import CheckpointError, InputError, NotFiniteError
 from rankleap.evaluation import Evaluation, Sampling, read_samples
 from rankleap.evaluation.evaluate import evaluate
@@ -26,6 +26,7 @@ from rankleap.leap.apply import Leap, adapter_weights, leap_weights, write_leap,
 from rankleap.leap.backtest import BackTest, backtest
 from rankleap.leap.gate import GateSettings
 from rankleap.leap.search import KL, Candidates, Decision, Score, halves, search
+from rankleap.predictors import get_predictor
 from rankleap.records import Problem
 from rankleap.tasks import get_task
 from rankleap.tasks.grading import GraderPool
@@ -121,7 +122,7 @@ def _scoring(source: Source, trial: Trial) -> Iterator[tuple[Score, KL]]:
 
     def weights(leap: Leap | None) -> Iterable[tuple[str, Tensor]]:
         if leap is None:
-            return _step_weights(source, source.trajectory.steps[-1])
+            return leap_weights(Leap(get_predictor("hold").fit(source.trajectory), 1.0), source.base)
         rank = trial.adapter_rank
         return leap_weights(leap, source.base) if rank is None else adapter_weights(leap, source.base, rank)
 
@@ -190,10 +191,3 @@ def write_decision(
     if adapter_rank is None:
         return write_leap(decision.leap, source.base, out, evidence)
     return write_leap_adapter(decision.leap, source.base, out, evidence, rank=adapter_rank, base_name=source.base_name)
-
-
-def _step_weights(source: Source, step: int) -> Iterable[tuple[str, Tensor]]:
-    for name in source.base.shapes:
-        weight = source.base.weight(name)
-        moved = name in source.trajectory.shapes
-        yield name, weight + dense(source.trajectory.delta(name, step)) if moved else weight
